@@ -1,0 +1,127 @@
+"""A layer seen from its backward pass: two bilinear products, with rows and columns to sample.
+
+The estimators know a layer only through this interface, so that each is written once and works for
+linear layers, convolutions and attention projections alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bilinear", "energy", "norms", "scaled", "spread"]
+
+
+class Bilinear:
+    """The products ``input_vjp(G, W)`` and ``weight_vjp(G, X)`` of one layer, linear in each argument.
+
+    Rows (dimension 0 of ``G`` and ``X``) never interact. Columns are the output channels (dimension 1
+    of ``G``, dimension 0 of ``W``) or, where ``groups > 1``, whole groups of channels, because a
+    selection of groups is a grouped layer again.
+    """
+
+    groups: int = 1
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The exact layer, by the very call that the unconverted module makes."""
+        raise NotImplementedError
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """An input or a cotangent with its rows along dimension 0 and its columns along dimension 1."""
+        raise NotImplementedError
+
+    def unrows(self, grad_input: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo :meth:`rows` on the gradient of an input of the given ``shape``."""
+        raise NotImplementedError
+
+    def bias_vjp(self, cotangent: Tensor) -> Tensor:
+        """``(columns,)``: the exact gradient of the bias."""
+        return cotangent.flatten(2).sum((0, 2)) if cotangent.ndim > 2 else cotangent.sum(0)
+
+    def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of the rows of the input."""
+        raise NotImplementedError
+
+    def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        """Gradient of the weight."""
+        raise NotImplementedError
+
+    def row_gram(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        """``(rows, rows)`` inner products of the rows' contributions to ``grad_weight``."""
+        parts = [self.weight_vjp(g[None], xi[None]) for g, xi in zip(cotangent, x)]
+        return _gram(torch.stack(parts))
+
+    def pair_energy(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        """``sum_{i != j} ‖c_ij‖² + <c_ij, c_ji>`` with ``c_ij = weight_vjp(g_i, x_j)``."""
+        n = x.shape[0]
+        parts = torch.stack(
+            [self.weight_vjp(g[None], xj[None]).flatten() for g in cotangent for xj in x]
+        )
+        c = parts.view(n, n, -1).to(torch.float64)
+        energy = c.square().sum(-1) + (c * c.transpose(0, 1)).sum(-1)
+        return energy.sum() - energy.diagonal().sum()
+
+    # Columns -------------------------------------------------------------------------------------
+
+    def num_columns(self, cotangent: Tensor) -> int:
+        """How many columns there are to choose from."""
+        return cotangent.shape[1] if self.groups == 1 else self.groups
+
+    def by_column(self, channels: Tensor, dim: int) -> Tensor:
+        """Sum a quantity per channel to one per column, along ``dim``."""
+        if self.groups == 1:
+            return channels
+        return channels.unflatten(dim, (self.groups, -1)).sum(dim + 1)
+
+    def input_vjp_columns(
+        self, cotangent: Tensor, weight: Tensor, indices: Tensor, weights: Tensor
+    ) -> Tensor:
+        """``input_vjp`` summed over the chosen columns only, each times its weight."""
+        return self.input_vjp(
+            scaled(cotangent, 1, indices, weights), weight.index_select(0, indices)
+        )
+
+    def weight_vjp_columns(
+        self, cotangent: Tensor, x: Tensor, indices: Tensor, weights: Tensor
+    ) -> Tensor:
+        """``weight_vjp`` with only the chosen columns computed, each times its weight."""
+        part = self.weight_vjp(scaled(cotangent, 1, indices, weights), x)
+        return spread(part, indices, cotangent.shape[1])
+
+    def column_gram(self, cotangent: Tensor, weight: Tensor) -> Tensor:
+        """``(columns, columns)`` inner products of the columns' contributions to ``grad_input``."""
+        one = cotangent.new_ones(1)
+        each = torch.arange(self.num_columns(cotangent), device=cotangent.device)
+        return _gram(
+            torch.stack([self.input_vjp_columns(cotangent, weight, j[None], one) for j in each])
+        )
+
+
+def _gram(parts: Tensor) -> Tensor:
+    flat = parts.flatten(1).to(torch.float64)
+    return flat @ flat.T
+
+
+def scaled(tensor: Tensor, dim: int, indices: Tensor, weights: Tensor) -> Tensor:
+    """The chosen slices of ``tensor`` along ``dim``, each multiplied by its weight."""
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    return tensor.index_select(dim, indices) * weights.to(tensor.dtype).view(shape)
+
+
+def spread(part: Tensor, indices: Tensor, n: int) -> Tensor:
+    """Put the rows of ``part`` at ``indices`` of an otherwise zero tensor of ``n`` rows."""
+    return part.new_zeros((n, *part.shape[1:])).index_add(0, indices, part)
+
+
+def energy(cotangent: Tensor) -> Tensor:
+    """Squared norms ``(rows, columns)`` of the entries of a cotangent, positions summed, in float32."""
+    g = cotangent.to(torch.promote_types(cotangent.dtype, torch.float32))
+    return g.square() if g.ndim == 2 else g.square().flatten(2).sum(2)
+
+
+def norms(tensor: Tensor, dim: int = 0, order: float = 2) -> Tensor:
+    """The norm of each slice of ``tensor`` along ``dim``, in float32 or better."""
+    t = tensor.movedim(dim, 0).flatten(1)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(t, ord=order, dim=1, dtype=dtype)

@@ -1,0 +1,85 @@
+"""Which layers can be sketched, and how: one row per kind, keyed by the class whose forward is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.utils import parametrize
+
+from backsketch.estimators import Bilinear, Estimator
+from backsketch.nn.swap import Swapped
+
+__all__ = ["Adapter", "adapter_of", "refusal", "register"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one kind of layer is sketched.
+
+    ``weights`` lists the layer's sketched products as (bilinear op, weight): an estimator that refuses
+    one of them refuses the layer.
+    """
+
+    kind: type[nn.Module]
+    mixin: type[Swapped]
+    weights: Callable[[nn.Module], list[tuple[Bilinear, Tensor]]]
+    methods: tuple[str, ...] = ("forward",)
+
+
+_ADAPTERS: dict[type[nn.Module], Adapter] = {}
+
+
+def register(adapter: Adapter) -> None:
+    """Make a kind of layer known."""
+    _ADAPTERS[adapter.kind] = adapter
+
+
+def supported() -> list[str]:
+    """Names of the layers that can be sketched."""
+    return [kind.__name__ for kind in _ADAPTERS]
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter of a module's kind, subclasses included."""
+    for cls in type(module).__mro__:
+        if cls in _ADAPTERS:
+            return _ADAPTERS[cls]
+    return None
+
+
+def refusal(module: nn.Module, estimator: Estimator) -> str | None:
+    """Why ``estimator`` cannot act at ``module``, or None if it can."""
+    adapter = adapter_of(module)
+    if adapter is None:
+        return f"{type(module).__name__} is not a layer that backsketch knows ({', '.join(supported())})"
+    return _structural(module, adapter) or _numerical(module, adapter, estimator)
+
+
+def _structural(module: nn.Module, adapter: Adapter) -> str | None:
+    name = type(module).__name__
+    # Parametrized first: there, too, the class is not the one that was written.
+    if parametrize.is_parametrized(module):
+        return f"{name} is parametrized (its class is swapped already); remove the parametrization first"
+    for method in adapter.methods:
+        if getattr(type(module), method) is not getattr(adapter.kind, method):
+            return (
+                f"{name} overrides {adapter.kind.__name__}.{method}, so its backward is not known"
+            )
+        if method in module.__dict__:
+            return f"its {method} was replaced on the instance, which would bypass the sketch"
+    if any(is_lazy(p) or isinstance(p, UninitializedParameter) for p in module.parameters(False)):
+        return f"{name} has no weights yet: run one batch through the model first"
+    return None
+
+
+def _numerical(module: nn.Module, adapter: Adapter, estimator: Estimator) -> str | None:
+    for op, weight in adapter.weights(module):
+        if not weight.is_floating_point():
+            return f"its weight has dtype {weight.dtype}; real floating point is needed"
+        reason = estimator.refusal(op, weight)
+        if reason:
+            return reason
+    return None

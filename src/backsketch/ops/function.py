@@ -1,0 +1,115 @@
+"""The autograd Function behind every sketched layer: exact forward, randomized backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from backsketch.estimators import Bilinear, Estimator
+from backsketch.sampling import next_seed
+
+__all__ = ["apply"]
+
+
+def apply(
+    op: Bilinear, x: Tensor, weight: Tensor, bias: Tensor | None, estimator: Estimator
+) -> Tensor:
+    """``op.forward(x, weight, bias)``, whose backward uses ``estimator``.
+
+    The forward value is bit-identical to the exact layer. Nothing is randomized, saved or wrapped
+    where no gradient can flow.
+    """
+    needed = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (needed and torch.is_grad_enabled()):
+        return op.forward(x, weight, bias)
+    stored: tuple[Tensor, ...] = ()
+    if weight.requires_grad:
+        stored = _store(op, x.detach(), weight.detach(), estimator)
+    y: Tensor = _SketchedLayer.apply(op, estimator, x, weight, bias, *stored)
+    return y
+
+
+@torch.no_grad()
+def _store(op: Bilinear, x: Tensor, weight: Tensor, estimator: Estimator) -> tuple[Tensor, ...]:
+    # The weight is a second anchor: layers that share an input (q, k, v) must not share a seed.
+    seed = next_seed(x, weight) if estimator.stores_randomly else None
+    return estimator.store(op, x, seed)
+
+
+class _SketchedLayer(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        op: Bilinear,
+        estimator: Estimator,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *stored: Tensor,
+    ) -> Tensor:
+        return op.forward(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        op, estimator, x, weight, _, *stored = inputs
+        ctx.op, ctx.estimator, ctx.input_shape = op, estimator, x.shape
+        ctx.save_for_backward(weight, *stored)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        weight, *stored = ctx.saved_tensors
+        arguments = (
+            ctx.op, ctx.estimator, tuple(ctx.input_shape), ctx.needs_input_grad[2:5],
+            cotangent, weight, *stored,
+        )  # fmt: skip
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = _SketchedVJP.apply(*arguments)
+        else:
+            gradients = _vjp(*arguments)
+        return (None, None, *gradients, *([None] * len(stored)))
+
+
+def _vjp(
+    op: Bilinear,
+    estimator: Estimator,
+    input_shape: tuple[int, ...],
+    needed: tuple[bool, bool, bool],
+    cotangent: Tensor,
+    weight: Tensor,
+    *stored: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    seed = next_seed(cotangent)
+    g = op.rows(cotangent)
+    grad_input = grad_weight = grad_bias = None
+    if needed[0]:
+        grad_input = op.unrows(estimator.estimate_input(op, g, weight, seed), input_shape)
+    if needed[1]:
+        grad_weight = estimator.estimate_weight(op, g, stored, seed).view(weight.shape)
+    if needed[2]:
+        grad_bias = op.bias_vjp(g)
+    return grad_input, grad_weight, grad_bias
+
+
+class _SketchedVJP(Function):
+    """The backward as a Function of its own, so that differentiating it is an error with a reason."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return _vjp(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "backsketch does not support double backward: the gradient of a sketched gradient would not "
+            "be an unbiased second derivative. Put the call that needs it inside `with bs.exact(model):`."
+        )

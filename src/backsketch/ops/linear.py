@@ -1,0 +1,81 @@
+"""Linear layers of any leading shape."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from backsketch.estimators import Bilinear, Estimator
+from backsketch.ops.autocast import cast_for_autocast
+from backsketch.ops.function import apply
+from backsketch.theory import variance
+
+__all__ = ["Linear", "linear"]
+
+
+class Linear(Bilinear):
+    """``Z = X Wᵀ + b`` with X ``(rows, in)``, W ``(out, in)``: the products are ``G W`` and ``Gᵀ X``."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    def unrows(self, grad_input: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return grad_input.view(shape)
+
+    def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
+        return cotangent @ weight
+
+    def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        return cotangent.T @ x
+
+    def row_gram(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        g, x = cotangent.double(), x.double()
+        return (g @ g.T) * (x @ x.T)
+
+    def pair_energy(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        return variance.pair_energy(cotangent, x)
+
+    def column_gram(self, cotangent: Tensor, weight: Tensor) -> Tensor:
+        g, w = cotangent.double(), weight.double()
+        return (g.T @ g) * (w @ w.T)
+
+
+_LINEAR = Linear()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Estimator) -> Tensor:
+    """``F.linear`` with a sketched backward pass.
+
+    Args:
+        x: ``(*, in)``, any leading shape, any strides, empty included.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None; its gradient is exact.
+        sketch: the estimator of the two products.
+
+    Returns:
+        ``(*, out)``, bit-identical to ``F.linear(x, weight, bias)``.
+
+    Raises:
+        RuntimeError: on double backward.
+        TypeError: ``sketch`` is not a layer estimator.
+
+    Example:
+        >>> import torch, backsketch as bs
+        >>> x, w = torch.randn(8, 3), torch.randn(5, 3, requires_grad=True)
+        >>> bs.ops.linear(x, w, None, bs.Rows(keep=0.5)).sum().backward()
+        >>> w.grad.shape
+        torch.Size([5, 3])
+    """
+    check_estimator(sketch)
+    return apply(_LINEAR, *cast_for_autocast(x, weight, bias), sketch)
+
+
+def check_estimator(sketch: object) -> None:
+    """Raise TypeError unless ``sketch`` can act at a layer."""
+    if not isinstance(sketch, Estimator):
+        raise TypeError(
+            f"sketch must be a layer estimator such as bs.Rows(keep=0.25); got {sketch!r}"
+        )

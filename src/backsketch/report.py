@@ -1,0 +1,82 @@
+"""What :func:`backsketch.sketch_` did, site by site, and why it left the rest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from backsketch.estimators import Sketch
+
+__all__ = ["Report", "Site"]
+
+
+@dataclass
+class Site:
+    """One row of the report.
+
+    ``work`` is the predicted arithmetic of (grad_input, grad_weight) and ``saved`` the predicted bytes
+    kept of the input, both as fractions of the exact layer. ``reason`` says why a site is exact, or what
+    to expect of a sketched one.
+    """
+
+    name: str
+    type: str
+    sketch: Sketch | None
+    reason: str = ""
+    work: tuple[float, float] = (1.0, 1.0)
+    saved: float = 1.0
+
+    @property
+    def backward(self) -> float:
+        """Predicted arithmetic of the site's backward pass, as a fraction of exact."""
+        return sum(self.work) / 2
+
+
+@dataclass
+class Report:
+    """The sites of a model; prints as a table, iterates over :class:`Site`."""
+
+    sites: list[Site] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"no site {name!r} in this report; it has {[s.name for s in self.sites]}")
+
+    @property
+    def sketched(self) -> list[Site]:
+        """The sites that are sketched."""
+        return [site for site in self.sites if site.sketch is not None]
+
+    @property
+    def exact(self) -> list[Site]:
+        """The sites that were left exact."""
+        return [site for site in self.sites if site.sketch is None]
+
+    def __str__(self) -> str:
+        header = ("site", "type", "sketch", "grad_input", "grad_weight", "saved", "")
+        rows = [header, *(self._row(site) for site in self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths[:-1]))
+        return "\n".join([*lines, self._summary()])
+
+    def _row(self, site: Site) -> tuple[str, ...]:
+        name = site.name or "(model)"
+        if site.sketch is None:
+            return name, site.type, "exact", "", "", "", site.reason
+        times = [f"×{fraction:.2f}" for fraction in (*site.work, site.saved)]
+        return name, site.type, str(site.sketch), *times, site.reason
+
+    def _summary(self) -> str:
+        return (
+            f"{len(self.sketched)} of {len(self.sites)} sites sketched; the columns are predicted "
+            "arithmetic and saved input bytes against exact"
+        )

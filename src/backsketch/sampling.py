@@ -1,0 +1,329 @@
+"""Inclusion probabilities, fixed-size designs, and the only randomness of the library.
+
+Every random number comes from one private counter: the opaque operator ``next_seed`` turns
+``(seed, rank, counter)`` into a 64-bit seed, and everything else (:func:`draw`, :func:`uniform_like`,
+:func:`signs`) is a *pure function* of that seed. A compiler may therefore move, repeat or merge the
+pure part freely; only ``next_seed`` is stateful, it is opaque, and it takes tensor arguments so that
+it stays in the graph, forward or backward, where it was written. Plain ``torch.rand`` inside an
+``autograd.Function`` does not have this property: the min-cut partitioner redraws it in the backward
+pass and silently pairs row i of one operand with row j of another.
+
+The user's global random stream is never read or advanced.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DESIGNS",
+    "Sample",
+    "draw",
+    "get_rng_state",
+    "inclusion_probabilities",
+    "next_seed",
+    "num_kept",
+    "seed",
+    "set_rng_state",
+    "signs",
+    "uniform_like",
+]
+
+_MASK64 = (1 << 64) - 1
+
+
+class Sample(NamedTuple):
+    """Rows drawn without replacement, with their Horvitz-Thompson weights.
+
+    ``indices`` are int64 and ascending; ``weights`` are ``1 / pi`` of the drawn rows, so that
+    ``E[sum_j weights[j] * f[indices[j]]] = sum_i f[i]`` for any ``f`` that vanishes where ``pi`` does.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+# --------------------------------------------------------------------------------------------------
+# State
+# --------------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """The library's random state: a base seed and the number of seeds handed out so far."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seed = 0
+        self.counter = 0
+
+    def advance(self) -> int:
+        # Autograd runs one thread per device: the counter must not be torn between them.
+        with self.lock:
+            self.counter += 1
+            return self.counter
+
+
+_STREAM = _Stream()
+
+
+def _mix(*words: int) -> int:
+    """Hash integers to 63 well-mixed bits (splitmix64 finaliser, Steele et al. 2014)."""
+    state = 0
+    for word in words:
+        state = (state + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state >> 1
+
+
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def seed(n: int) -> None:
+    """Restart backsketch's private random stream from the integer ``n``.
+
+    Ranks of a distributed job draw different numbers from the same ``n``: the rank is mixed in.
+    PyTorch's and NumPy's global streams are not touched.
+
+    Raises:
+        TypeError: ``n`` is not an integer.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"backsketch.seed needs an int, got {n!r}")
+    with _STREAM.lock:
+        _STREAM.seed, _STREAM.counter = n, 0
+
+
+def get_rng_state() -> dict[str, int]:
+    """The state of the private random stream, as a plain dict that any checkpoint can hold."""
+    with _STREAM.lock:
+        return {"seed": _STREAM.seed, "counter": _STREAM.counter}
+
+
+def set_rng_state(state: dict[str, int]) -> None:
+    """Continue the private random stream exactly where :func:`get_rng_state` saw it.
+
+    Raises:
+        ValueError: ``state`` is not something that :func:`get_rng_state` returned.
+    """
+    if not isinstance(state, dict) or set(state) != {"seed", "counter"}:
+        raise ValueError(
+            f"set_rng_state needs what get_rng_state returned, a dict of seed and counter; got {state!r}"
+        )
+    with _STREAM.lock:
+        _STREAM.seed, _STREAM.counter = int(state["seed"]), int(state["counter"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Mathematics
+# --------------------------------------------------------------------------------------------------
+
+
+def num_kept(n: int, keep: float) -> int:
+    """How many of ``n`` rows a fraction ``keep`` stands for: rounded up, at least one."""
+    # The small slack keeps 0.1 * 10 at one row: products of decimal fractions overshoot by an ulp.
+    return torch.sym_max(1, math.ceil(keep * n - 1e-6))
+
+
+def inclusion_probabilities(scores: Tensor, k: int, floor: float = 0.0) -> Tensor:
+    r"""Water-filling: the probabilities that minimise :math:`\sum_i s_i^2/\pi_i` at expected size k.
+
+    .. math:: \pi_i = \min(1, s_i/\lambda), \qquad \sum_i \pi_i = k .
+
+    By the Karush-Kuhn-Tucker conditions the minimiser is proportional to ``s`` below the cap and 1
+    above it; :math:`\lambda` follows from one sort and one cumulative sum.
+
+    Args:
+        scores: ``(n,)``, non-negative. A non-finite score is drawn surely (up to ``k`` of them), so
+            that NaN and Inf reach the gradients. If fewer than ``k`` scores are positive, those rows
+            are sure and the rest share what is left.
+        k: expected number of rows, ``1 <= k <= n``.
+        floor: weight in [0, 1] of a uniform distribution mixed in, ``pi >= floor * k / n``. Needed
+            where a zero score does not imply a zero contribution.
+
+    Returns:
+        float64 ``(n,)``, summing to ``k``.
+    """
+    n = scores.shape[0]
+    s = scores.to(torch.float64)
+    bad = ~torch.isfinite(s)
+    s = torch.where(bad.any(), bad.to(s.dtype), s)
+
+    ascending = torch.sort(s).values
+    tail = ascending.cumsum(0)  # sums of the j+1 smallest: no cancellation, whatever the spread
+    free = torch.arange(1 - (n - k), k + 1, device=s.device)  # budget left for a tail of j+1 rows
+    fits = (free > 0) & (ascending * free <= tail)
+    last = (fits * torch.arange(n, device=s.device)).amax()
+    lam = tail[last] / free[last]
+
+    positive = s > 0
+    num_positive = positive.sum()
+    rest = (k - num_positive) / (n - num_positive).clamp(min=1)
+    shared = torch.where(positive, 1.0, rest.to(s.dtype))
+    pi = torch.where(lam > 0, (s / lam).clamp(max=1.0), shared)
+    return (1 - floor) * pi + floor * k / n if floor else pi
+
+
+def _systematic(pi: Tensor, k: int, u: Tensor) -> Tensor:
+    """Systematic sampling (Madow 1949): exactly k rows with inclusion probabilities ``pi``.
+
+    One uniform number in [0, 1) and one cumulative sum. In the order given it also stratifies:
+    neighbours are rarely drawn together.
+    """
+    edges = pi.cumsum(0)
+    edges = edges * (k / edges[-1])
+    points = torch.arange(k, device=pi.device, dtype=pi.dtype) + u
+    return torch.searchsorted(edges, points, right=True).clamp(max=pi.shape[0] - 1)
+
+
+def _draw_systematic(pi: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    u = torch.rand(1, dtype=pi.dtype, device=pi.device, generator=generator)
+    return _systematic(pi, k, u)
+
+
+def _draw_permuted(pi: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(pi.shape[0], device=pi.device, generator=generator)
+    return order[_draw_systematic(pi[order], k, generator)].sort().values
+
+
+_FIXED_SIZE = {"systematic": _draw_systematic, "permuted": _draw_permuted}
+
+DESIGNS = (*_FIXED_SIZE, "independent")
+"""``systematic`` in the natural order, ``permuted`` (systematic in random order), and
+``independent`` (Bernoulli: every row is returned, the dropped ones with weight zero; the reference
+whose variance formulas are exact, it saves nothing)."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Operators
+# --------------------------------------------------------------------------------------------------
+
+_LIB = torch.library.Library("backsketch", "FRAGMENT")
+
+
+def _operator(schema: str, implementation: Any, fake: Any) -> Any:
+    name = schema.split("(")[0]
+    _LIB.define(schema)
+    _LIB.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"backsketch::{name}", fake, lib=_LIB)
+    return getattr(torch.ops.backsketch, name).default
+
+
+def _generator(device: torch.device, seed: Tensor, stream: int) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(_mix(int(seed), stream))
+
+
+def _next_seed_impl(anchors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor(_mix(_STREAM.seed, _rank(), _STREAM.advance()))
+
+
+def _draw_impl(
+    scores: Tensor, k: int, seed: Tensor, stream: int, design: str, floor: float
+) -> tuple[Tensor, Tensor]:
+    generator = _generator(scores.device, seed, stream)
+    pi = inclusion_probabilities(scores, k, floor)
+    inverse = torch.where(pi > 0, 1 / pi, 0.0)
+    if design == "independent":
+        kept = torch.rand(pi.shape, dtype=pi.dtype, device=pi.device, generator=generator) < pi
+        indices = torch.arange(pi.shape[0], device=pi.device)
+        return indices, (inverse * kept).to(scores.dtype)
+    indices = _FIXED_SIZE[design](pi, k, generator)
+    return indices, inverse[indices].to(scores.dtype)
+
+
+def _draw_fake(
+    scores: Tensor, k: int, seed: Tensor, stream: int, design: str, floor: float
+) -> tuple[Tensor, Tensor]:
+    size = scores.shape[0] if design == "independent" else k
+    return scores.new_empty(size, dtype=torch.int64), scores.new_empty(size)
+
+
+def _uniform_impl(like: Tensor, seed: Tensor, stream: int) -> Tensor:
+    generator = _generator(like.device, seed, stream)
+    return torch.rand(like.shape, device=like.device, generator=generator)
+
+
+def _signs_impl(like: Tensor, rows: int, columns: int, seed: Tensor, stream: int) -> Tensor:
+    generator = _generator(like.device, seed, stream)
+    bits = torch.randint(2, (rows, columns), device=like.device, generator=generator)
+    return bits.to(like.dtype).mul_(2).sub_(1)
+
+
+_next_seed = _operator(
+    "next_seed(Tensor[] anchors) -> Tensor",
+    _next_seed_impl,
+    lambda anchors: torch.empty((), dtype=torch.int64, device="cpu"),
+)
+_draw = _operator(
+    "draw(Tensor scores, SymInt k, Tensor seed, int stream, str design, float floor)"
+    " -> (Tensor, Tensor)",
+    _draw_impl,
+    _draw_fake,
+)
+_uniform = _operator(
+    "uniform_like(Tensor like, Tensor seed, int stream) -> Tensor",
+    _uniform_impl,
+    lambda like, seed, stream: torch.empty(like.shape, device=like.device),
+)
+_signs = _operator(
+    "signs(Tensor like, SymInt rows, SymInt columns, Tensor seed, int stream) -> Tensor",
+    _signs_impl,
+    lambda like, rows, columns, seed, stream: like.new_empty(rows, columns),
+)
+
+
+def next_seed(*anchors: Tensor) -> Tensor:
+    """A fresh seed: int64, zero-dimensional, on the CPU (so no device is ever waited for).
+
+    Args:
+        anchors: tensors that place the call in a compiled graph: the cotangent for a draw that
+            belongs to the backward pass, the input and the weight for one that belongs to the
+            forward pass. Two calls in one graph need different anchors, or the compiler may merge
+            them into one (which correlates two sites, and biases neither).
+    """
+    return _next_seed(anchors)
+
+
+def draw(
+    scores: Tensor,
+    k: int,
+    seed: Tensor,
+    stream: int = 0,
+    design: str = "systematic",
+    floor: float = 0.0,
+) -> Sample:
+    """Draw ``k`` of ``n`` rows with the optimal inclusion probabilities of ``scores``.
+
+    Args:
+        scores: ``(n,)`` floating point, see :func:`inclusion_probabilities`.
+        k: number of rows, ``1 <= k <= n``.
+        seed: what :func:`next_seed` returned.
+        stream: an integer that makes several draws from one seed independent.
+        design: one of :data:`DESIGNS`.
+        floor: see :func:`inclusion_probabilities`.
+
+    Returns:
+        :class:`Sample` of ``k`` rows (of ``n`` for the independent design).
+    """
+    return Sample(*_draw(scores, k, seed, stream, design, floor))
+
+
+def uniform_like(like: Tensor, seed: Tensor, stream: int = 0) -> Tensor:
+    """Independent float32 uniforms in [0, 1) of the shape and device of ``like``."""
+    return _uniform(like, seed, stream)
+
+
+def signs(like: Tensor, rows: int, columns: int, seed: Tensor, stream: int = 0) -> Tensor:
+    """Independent random signs ``(rows, columns)`` of the dtype and device of ``like``."""
+    return _signs(like, rows, columns, seed, stream)
