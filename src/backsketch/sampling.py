@@ -157,22 +157,41 @@ def inclusion_probabilities(scores: Tensor, k: int, floor: float = 0.0) -> Tenso
     """
     n = scores.shape[0]
     s = scores.to(torch.float64)
-    bad = ~torch.isfinite(s)
-    s = torch.where(bad.any(), bad.to(s.dtype), s)
+    on_host = s.device.type == "cpu"
+    if not on_host or not math.isfinite(float(s.sum())):
+        bad = ~torch.isfinite(s)
+        s = torch.where(bad.any(), bad.to(s.dtype), s)
+    lam = _level_on_host(s, k) if on_host else _level_by_sorting(s, k)
+    pi = (s / lam).clamp(max=1.0)
+    if not on_host or lam == 0:
+        positive = s > 0
+        num_positive = positive.sum().to(s.dtype)  # integers would divide in float32
+        rest = (k - num_positive) / (n - num_positive).clamp(min=1)
+        pi = torch.where(lam > 0, pi, torch.where(positive, 1.0, rest))
+    return (1 - floor) * pi + floor * k / n if floor else pi
 
+
+def _level_by_sorting(s: Tensor, k: int) -> Tensor:
+    """The water level lambda, from one sort and one cumulative sum: no step waits for the device."""
+    n = s.shape[0]
     ascending = torch.sort(s).values
     tail = ascending.cumsum(0)  # sums of the j+1 smallest: no cancellation, whatever the spread
     free = torch.arange(1 - (n - k), k + 1, device=s.device)  # budget left for a tail of j+1 rows
     fits = (free > 0) & (ascending * free <= tail)
     last = (fits * torch.arange(n, device=s.device)).amax()
-    lam = tail[last] / free[last]
+    return tail[last] / free[last]
 
-    positive = s > 0
-    num_positive = positive.sum()
-    rest = (k - num_positive) / (n - num_positive).clamp(min=1)
-    shared = torch.where(positive, 1.0, rest.to(s.dtype))
-    pi = torch.where(lam > 0, (s / lam).clamp(max=1.0), shared)
-    return (1 - floor) * pi + floor * k / n if floor else pi
+
+def _level_on_host(s: Tensor, k: int) -> Tensor:
+    """The same level by raising the number of sure rows until it is stable: a few linear passes.
+
+    The level only falls, so the sure rows only grow, and there are fewer than k of them.
+    """
+    sure, lam = 0, s.sum() / k
+    while (found := int((over := s > lam).sum())) > sure:
+        sure = found
+        lam = s.masked_fill(over, 0.0).sum() / (k - sure)
+    return lam
 
 
 def _systematic(pi: Tensor, k: int, u: Tensor) -> Tensor:
@@ -233,13 +252,14 @@ def _draw_impl(
 ) -> tuple[Tensor, Tensor]:
     generator = _generator(scores.device, seed, stream)
     pi = inclusion_probabilities(scores, k, floor)
-    inverse = torch.where(pi > 0, 1 / pi, 0.0)
     if design == "independent":
         kept = torch.rand(pi.shape, dtype=pi.dtype, device=pi.device, generator=generator) < pi
         indices = torch.arange(pi.shape[0], device=pi.device)
-        return indices, (inverse * kept).to(scores.dtype)
+        return indices, torch.where(kept, 1 / pi, 0.0).to(scores.dtype)
     indices = _FIXED_SIZE[design](pi, k, generator)
-    return indices, inverse[indices].to(scores.dtype)
+    # A row without a chance can only be hit by rounding at the ends; its weight must not be infinite.
+    drawn = pi[indices]
+    return indices, torch.where(drawn > 0, 1 / drawn, 0.0).to(scores.dtype)
 
 
 def _draw_fake(

@@ -1,0 +1,185 @@
+"""The obvious slow twins: dense random matrices, exact products, nothing clever.
+
+:func:`sketched_vjp` draws from the same seeds as the fast path, writes the sketch down as a dense tensor,
+and lets the exact products do the rest. The tests hold the fast path against it draw by draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backsketch.estimators import (
+    Bilinear,
+    Columns,
+    Elements,
+    Estimator,
+    Exact,
+    LowRank,
+    Projection,
+    Quantized,
+    Rows,
+    Split,
+    StoredRows,
+)
+from backsketch.sampling import Sample, draw, num_kept, uniform_like
+
+__all__ = ["sketched_vjp"]
+
+Products = tuple[Tensor, Tensor]
+
+
+def sketched_vjp(
+    estimator: Estimator,
+    op: Bilinear,
+    cotangent: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    seed: Tensor,
+    store_seed: Tensor,
+) -> Products:
+    """``(grad_input, grad_weight)`` in rows form, for the draws that ``seed`` and ``store_seed`` name.
+
+    Args:
+        cotangent: rows form (``op.rows``). x: as the forward pass received it.
+        seed: of the backward pass. store_seed: of the forward pass.
+    """
+    twin = _TWINS[type(estimator)]
+    return twin(estimator, op, cotangent, weight, x, seed, store_seed)
+
+
+def _diagonal(sample: Sample, n: int) -> Tensor:
+    """The dense diagonal of R = diag(z / pi)."""
+    r = torch.zeros(n, dtype=sample.weights.dtype)
+    for index, w in zip(sample.indices.tolist(), sample.weights.tolist()):
+        r[index] += w
+    return r
+
+
+def _sketch_dim(tensor: Tensor, dim: int, diagonal: Tensor) -> Tensor:
+    return (tensor.movedim(dim, -1) * diagonal.to(tensor.dtype)).movedim(-1, dim)
+
+
+def _exact(_: Any, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, *__: Tensor) -> Products:
+    return op.input_vjp(g, w), op.weight_vjp(g, op.rows(x))
+
+
+def _elements(
+    e: Elements, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, _: Tensor
+) -> Products:
+    mask = (uniform_like(g, s) < e.keep).to(g.dtype)
+    masked = g * mask / e.keep
+    return op.input_vjp(masked, w), op.weight_vjp(masked, op.rows(x))
+
+
+def _rows(e: Rows, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, _: Tensor) -> Products:
+    n = g.shape[0]
+    k = num_kept(n, e.keep)
+    if k >= n:
+        return _exact(e, op, g, w, x)
+    first = draw(e.input_scores(g, w), k, s, 0, e.design)
+    second = draw(e.weight_scores(g, op.rows(x)), k, s, 1, e.design)
+    return (
+        op.input_vjp(_sketch_dim(g, 0, _diagonal(first, n)), w),
+        op.weight_vjp(_sketch_dim(g, 0, _diagonal(second, n)), op.rows(x)),
+    )
+
+
+def _columns(
+    e: Columns, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, _: Tensor
+) -> Products:
+    n = op.num_columns(g)
+    k = num_kept(n, e.keep)
+    if k >= n:
+        return _exact(e, op, g, w, x)
+    first = draw(e.input_scores(op, g, w), k, s, 0, e.design)
+    second = draw(e.weight_scores(op, g, op.rows(x)), k, s, 1, e.design)
+    width = g.shape[1] // n
+    wide = [_diagonal(sample, n).repeat_interleave(width) for sample in (first, second)]
+    return (
+        op.input_vjp(_sketch_dim(g, 1, wide[0]), w),
+        op.weight_vjp(_sketch_dim(g, 1, wide[1]), op.rows(x)),
+    )
+
+
+def _low_rank(
+    e: LowRank, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, _: Tensor
+) -> Products:
+    if e.method == "subspace":
+        raise NotImplementedError("the subspace method is its own definition: no slower twin")
+    sketched = []
+    for stream, target in enumerate(_exact(e, op, g, w, x)):
+        u, sigma, vh = torch.linalg.svd(target.flatten(1), full_matrices=False)
+        rank = num_kept(len(sigma), e.keep)
+        if rank >= len(sigma):
+            sketched.append(target)
+            continue
+        diagonal = _diagonal(draw(sigma, rank, s, stream), len(sigma))
+        dense = u @ torch.diag(sigma * diagonal) @ vh
+        sketched.append(dense.view(target.shape))
+    return sketched[0], sketched[1]
+
+
+def _stored_rows(
+    e: StoredRows, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, _: Tensor, s: Tensor
+) -> Products:
+    rows = op.rows(x)
+    n = rows.shape[0]
+    k = num_kept(n, e.keep)
+    if k >= n:
+        return _exact(e, op, g, w, x)
+    order = {"uniform": 0, "l1": 1, "l2": 2}[e.scores]
+    norms = rows.flatten(1).abs().pow(order).sum(1) ** (1 / max(order, 1))
+    diagonal = _diagonal(draw(norms, k, s, 0, e.design), n)
+    return op.input_vjp(g, w), op.weight_vjp(g, _sketch_dim(rows, 0, diagonal))
+
+
+def _projection(
+    e: Projection, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, _: Tensor, s: Tensor
+) -> Products:
+    rows = op.rows(x)
+    n = rows.shape[0]
+    if num_kept(n, e.keep) >= n:
+        return _exact(e, op, g, w, x)
+    sketch = e._project(torch.eye(n, dtype=rows.dtype), s)  # the matrix S itself
+    mixed = torch.einsum("ri,rj,j...->i...", sketch, sketch, rows)
+    return op.input_vjp(g, w), op.weight_vjp(g, mixed)
+
+
+def _quantized(
+    e: Quantized, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, _: Tensor, s: Tensor
+) -> Products:
+    size, top = e.group_size, 2**e.bits - 1
+    flat = x.flatten()
+    padded = torch.cat([flat, flat[-1:].expand(-len(flat) % size)]).view(-1, size)
+    u = uniform_like(padded, s)
+    restored = torch.empty_like(padded)
+    for i, group in enumerate(padded):
+        step = (group.max() - group.min()) / top
+        levels = (group - group.min()) / (step if step > 0 else 1)
+        restored[i] = group.min() + step * (levels + u[i]).floor().clamp(0, top)
+    rounded = restored.flatten()[: len(flat)].view(x.shape)
+    return op.input_vjp(g, w), op.weight_vjp(g, op.rows(rounded))
+
+
+def _split(e: Split, *arguments: Any) -> Products:
+    return (
+        sketched_vjp(e.grad_input or Exact(), *arguments)[0],
+        sketched_vjp(e.grad_weight or Exact(), *arguments)[1],
+    )
+
+
+_TWINS: dict[type[Estimator], Callable[..., Products]] = {
+    Exact: _exact,
+    Elements: _elements,
+    Rows: _rows,
+    Columns: _columns,
+    LowRank: _low_rank,
+    StoredRows: _stored_rows,
+    Projection: _projection,
+    Quantized: _quantized,
+    Split: _split,
+}

@@ -1,0 +1,111 @@
+"""The table of cases that the tests run over: every estimator, every kind of layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import backsketch as bs
+from backsketch.estimators import Bilinear
+from backsketch.ops.conv2d import bilinear_conv2d
+from backsketch.ops.linear import Linear
+
+ESTIMATORS = [
+    bs.Elements(keep=0.5),
+    bs.Rows(keep=0.5),
+    bs.Rows(keep=0.25, scores="uniform"),
+    bs.Rows(keep=0.5, scores="l1"),
+    bs.Rows(keep=0.5, scores="l2", design="permuted"),
+    bs.Rows(keep=0.5, design="independent"),
+    bs.Columns(keep=0.5),
+    bs.Columns(keep=0.5, scores="uniform"),
+    bs.Columns(keep=0.25, scores="l1"),
+    bs.Columns(keep=0.5, scores="l2", design="permuted"),
+    bs.Columns(keep=0.5, design="independent"),
+    bs.LowRank(keep=0.5, method="svd"),
+    bs.LowRank(keep=0.5, method="subspace"),
+    bs.StoredRows(keep=0.5),
+    bs.StoredRows(keep=0.25, scores="uniform"),
+    bs.StoredRows(keep=0.5, scores="l1", design="independent"),
+    bs.Projection(keep=0.5),
+    bs.Projection(keep=0.5, kind="srht"),
+    bs.Quantized(bits=1),
+    bs.Quantized(bits=2),
+    bs.Quantized(bits=4, group_size=16),
+    bs.Quantized(bits=8),
+    bs.Split(grad_weight=bs.Rows(keep=0.5)),
+    bs.Split(grad_input=bs.Columns(keep=0.5), grad_weight=bs.StoredRows(keep=0.5)),
+]
+
+# One of each family, for the tests where each case is expensive.
+FAMILIES = [
+    bs.Elements(keep=0.5),
+    bs.Rows(keep=0.5),
+    bs.Columns(keep=0.5),
+    bs.LowRank(keep=0.5, method="svd"),
+    bs.LowRank(keep=0.5, method="subspace"),
+    bs.StoredRows(keep=0.5),
+    bs.Projection(keep=0.5),
+    bs.Projection(keep=0.5, kind="srht"),
+    bs.Quantized(bits=2),
+    bs.Split(grad_weight=bs.Rows(keep=0.5)),
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's backward products with concrete tensors: x as received, cotangent as received."""
+
+    name: str
+    op: Bilinear
+    x: Tensor
+    weight: Tensor
+    cotangent: Tensor
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def g(self) -> Tensor:
+        """The cotangent in rows form."""
+        return self.op.rows(self.cotangent)
+
+
+def linear(shape: tuple[int, ...] = (12,), d_in: int = 6, d_out: int = 8, seed: int = 0) -> Layer:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, d_in, generator=g)
+    weight = torch.randn(d_out, d_in, generator=g)
+    cotangent = torch.randn(*shape, d_out, generator=g)
+    # Rows and columns of unequal size, or data-dependent scores would have nothing to find.
+    cotangent *= torch.linspace(0.2, 2, d_out) * torch.linspace(0.3, 2, shape[-1])[:, None]
+    return Layer(f"linear{shape}", Linear(), x, weight, cotangent)
+
+
+def conv(
+    kernel=3, stride=1, padding=0, dilation=1, groups=1, c_in=4, c_out=6, n=6, seed=0
+) -> Layer:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c_in, 6, 7, generator=g)
+    weight = torch.randn(c_out, c_in // groups, kernel, kernel, generator=g)
+    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    cotangent = torch.randn(y.shape, generator=g) * torch.linspace(0.3, 2, n).view(-1, 1, 1, 1)
+    pair = lambda v: (v, v)  # noqa: E731
+    op = bilinear_conv2d(
+        pair(kernel), pair(stride), pair(padding), pair(dilation), groups, (6, 7)
+    )  # fmt: skip
+    name = f"conv{kernel}x{kernel}-s{stride}-p{padding}-d{dilation}-g{groups}"
+    return Layer(name, op, x, weight, cotangent)
+
+
+LAYERS = [
+    linear(),
+    linear((2, 3, 4), seed=1),
+    conv(padding=1),
+    conv(stride=2, padding=2, dilation=2, seed=1),
+    conv(groups=2, padding=1, seed=2),
+    conv(groups=4, c_out=4, seed=3),
+    conv(kernel=1, n=3, seed=4),
+    conv(kernel=1, stride=2, groups=2, seed=5),
+]

@@ -1,0 +1,185 @@
+"""Inclusion probabilities, designs and the private random stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import backsketch as bs
+from backsketch import sampling
+from backsketch.sampling import DESIGNS, draw, inclusion_probabilities, next_seed, num_kept
+
+DRAWS = 20_000
+
+
+@st.composite
+def scores_and_k(draw_):
+    n = draw_(st.integers(1, 40))
+    values = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.sampled_from([1.0, 2.0]))
+    scores = torch.tensor(draw_(st.lists(values, min_size=n, max_size=n)))
+    return scores, draw_(st.integers(1, n))
+
+
+@given(scores_and_k())
+@settings(max_examples=200, deadline=None)
+def test_water_filling_is_feasible_and_satisfies_the_optimality_conditions(case):
+    scores, k = case
+    pi = inclusion_probabilities(scores, k)
+    assert float(pi.sum()) == pytest.approx(k, rel=1e-9)
+    assert bool(((pi >= 0) & (pi <= 1)).all())
+    positive = scores > 0
+    if int(positive.sum()) <= k:
+        assert bool((pi[positive] == 1).all())
+        return
+    # KKT: below the cap the ratio score / pi is one constant, at the cap it is at least that.
+    ratio = scores.double() / pi
+    free = positive & (pi < 1)
+    lam = ratio[free].mean() if bool(free.any()) else ratio[positive].min()
+    assert torch.allclose(ratio[free], lam.expand_as(ratio[free]), rtol=1e-6)
+    assert bool((ratio[positive & ~free] >= lam * (1 - 1e-6)).all())
+    assert bool((pi[~positive] == 0).all())
+
+
+@given(scores_and_k())
+@settings(max_examples=200, deadline=None)
+def test_the_level_found_on_the_host_is_the_one_found_by_sorting(case):
+    scores, k = case
+    host = sampling._level_on_host(scores.double(), k)
+    assert float(host) == pytest.approx(float(sampling._level_by_sorting(scores.double(), k)), rel=1e-9)
+
+
+def test_the_probabilities_do_not_depend_on_the_scale_or_the_spread_of_scores():
+    scores = torch.tensor([1e-30, 1e-30, 3e-30, 1e30])
+    assert inclusion_probabilities(scores, 2).tolist() == pytest.approx([0.2, 0.2, 0.6, 1.0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_drawn_surely(bad):
+    pi = inclusion_probabilities(torch.tensor([1.0, bad, 5.0, 0.0]), 2)
+    assert pi[1] == 1
+    assert float(pi.sum()) == pytest.approx(2)
+    all_bad = inclusion_probabilities(torch.full((4,), bad), 2)
+    assert all_bad.tolist() == pytest.approx([0.5] * 4)
+
+
+def test_the_floor_leaves_no_row_without_a_chance():
+    pi = inclusion_probabilities(torch.tensor([1.0, 0.0, 0.0, 9.0]), 2, floor=0.1)
+    assert float(pi.min()) == pytest.approx(0.1 * 2 / 4)
+    assert float(pi.sum()) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("n", "keep", "k"),
+    [(10, 0.1, 1), (10, 0.25, 3), (3, 1.0, 3), (1, 0.01, 1), (0, 0.5, 1), (7, 0.3, 3)],
+)
+def test_num_kept_rounds_up_and_keeps_at_least_one(n, keep, k):
+    assert num_kept(n, keep) == k
+
+
+def inclusion_frequencies(design, scores, k):
+    count = torch.zeros(len(scores))
+    weights = torch.zeros(len(scores))
+    for _ in range(DRAWS):
+        sample = draw(scores, k, next_seed(scores), design=design)
+        count[sample.indices] += (sample.weights > 0).float()
+        weights[sample.indices] += sample.weights
+    return count / DRAWS, weights / DRAWS
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_designs_have_exactly_these_inclusion_probabilities(design):
+    bs.seed(1)
+    scores = torch.tensor([0.1, 3.0, 0.5, 0.5, 20.0, 0.0, 1.0, 2.0, 0.7, 0.02])
+    pi = inclusion_probabilities(scores, 4).float()
+    frequency, weight = inclusion_frequencies(design, scores, 4)
+    error = (pi * (1 - pi) / DRAWS).sqrt()
+    assert bool(((frequency - pi).abs() <= 4.5 * error + 1e-9).all())
+    # Horvitz-Thompson: E[z / pi] = 1 for every row that can be drawn.
+    drawable = pi > 0
+    assert torch.allclose(weight[drawable], torch.ones(int(drawable.sum())), atol=0.2)
+    # The mutation: frequencies against the probabilities of the neighbouring row are far out.
+    assert bool(((frequency - pi.roll(1)).abs() > 4.5 * error + 1e-9).any())
+
+
+@pytest.mark.parametrize("design", ["systematic", "permuted"])
+def test_fixed_size_designs_draw_exactly_k_distinct_rows_in_order(design):
+    bs.seed(2)
+    for trial in range(300):
+        g = torch.Generator().manual_seed(trial)
+        n = int(torch.randint(1, 60, (1,), generator=g))
+        k = int(torch.randint(1, n + 1, (1,), generator=g))
+        scores = torch.rand(n, generator=g) ** 4
+        indices = draw(scores, k, next_seed(scores), design=design).indices
+        assert len(indices) == k
+        assert indices.tolist() == sorted(set(indices.tolist()))
+
+
+def test_rows_with_zero_score_are_never_drawn_while_others_remain():
+    bs.seed(3)
+    scores = torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0, 0.0])
+    for _ in range(500):
+        assert set(draw(scores, 2, next_seed(scores)).indices.tolist()) <= {1, 3, 4}
+
+
+def test_a_draw_is_a_pure_function_of_its_seed():
+    scores = torch.rand(50)
+    seed = next_seed(scores)
+    first, second = draw(scores, 10, seed), draw(scores, 10, seed)
+    assert torch.equal(first.indices, second.indices)
+    other = draw(scores, 10, seed, stream=1)
+    assert not torch.equal(first.indices, other.indices)
+
+
+def test_the_seed_restarts_the_stream_and_the_state_continues_it():
+    x = torch.zeros(1)
+    bs.seed(5)
+    first = [int(next_seed(x)) for _ in range(4)]
+    bs.seed(5)
+    assert [int(next_seed(x)) for _ in range(2)] == first[:2]
+    state = bs.get_rng_state()
+    rest = [int(next_seed(x)) for _ in range(2)]
+    assert rest == first[2:]
+    bs.set_rng_state(state)
+    assert [int(next_seed(x)) for _ in range(2)] == rest
+    bs.seed(6)
+    assert int(next_seed(x)) != first[0]
+
+
+def test_bad_states_and_seeds_are_refused_and_change_nothing():
+    bs.seed(7)
+    before = bs.get_rng_state()
+    with pytest.raises(ValueError, match="get_rng_state"):
+        bs.set_rng_state({"seed": 1})
+    with pytest.raises(TypeError, match="int"):
+        bs.seed(1.5)
+    assert bs.get_rng_state() == before
+
+
+def test_ranks_draw_different_numbers(monkeypatch):
+    x = torch.zeros(1)
+    seeds = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        bs.seed(8)
+        seeds.append(int(next_seed(x)))
+    assert seeds[0] != seeds[1]
+
+
+def test_seeds_and_streams_do_not_collide():
+    x = torch.zeros(1)
+    bs.seed(0)
+    seeds = {sampling._mix(int(next_seed(x)), stream) for _ in range(2000) for stream in range(3)}
+    assert len(seeds) == 6000
+
+
+def test_the_global_random_stream_is_not_touched():
+    scores = torch.rand(20)
+    before = torch.get_rng_state()
+    seed = next_seed(scores)
+    for design in DESIGNS:
+        draw(scores, 5, seed, design=design)
+    sampling.uniform_like(scores, seed)
+    sampling.signs(scores, 3, 4, seed)
+    assert torch.equal(torch.get_rng_state(), before)

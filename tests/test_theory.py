@@ -1,0 +1,122 @@
+"""The closed forms themselves: optimality, and agreement with brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from backsketch import theory
+from backsketch.sampling import inclusion_probabilities
+
+
+def sampling_variance(pi, squares):
+    return float(theory.horvitz_thompson(pi, squares))
+
+
+def random_probabilities(n, k, generator):
+    """A random point of the feasible set: sum k, each in (0, 1]."""
+    return inclusion_probabilities(torch.rand(n, generator=generator) + 1e-3, k)
+
+
+@pytest.mark.parametrize(("n", "k"), [(6, 2), (10, 4), (15, 11)])
+def test_no_other_inclusion_probabilities_have_less_variance(n, k):
+    generator = torch.Generator().manual_seed(n)
+    norms = torch.rand(n, generator=generator, dtype=torch.float64) ** 3 + 0.01
+    best = float(theory.minimal_sampling(norms, k))
+    for _ in range(3000):
+        other = random_probabilities(n, k, generator)
+        assert sampling_variance(other, norms.square()) >= best * (1 - 1e-9)
+    found = minimize(
+        lambda p: float((norms.numpy() ** 2 / p).sum()),
+        x0=[k / n] * n,
+        bounds=[(1e-4, 1)] * n,
+        constraints={"type": "eq", "fun": lambda p: p.sum() - k},
+        method="SLSQP",
+        options={"maxiter": 500, "ftol": 1e-12},
+    )
+    assert found.success
+    assert found.fun - float(norms.square().sum()) == pytest.approx(best, rel=1e-4)
+    # The mutation: proportional to the squares instead of the norms is worse.
+    wrong = inclusion_probabilities(norms.square(), k)
+    assert sampling_variance(wrong, norms.square()) > best * 1.001
+
+
+def test_the_low_rank_formula_is_the_one_in_the_design():
+    sigma = torch.tensor([9.0, 4.0, 1.0, 0.7, 0.5, 0.3], dtype=torch.float64)
+    rank = 3
+    pi = inclusion_probabilities(sigma, rank)
+    m = int((pi >= 1 - 1e-12).sum())
+    tail = sigma[m:]
+    expected = tail.sum() ** 2 / (rank - m) - tail.square().sum()
+    assert float(theory.low_rank(sigma, rank)) == pytest.approx(float(expected))
+    assert float(theory.low_rank(sigma, 6)) == 0
+
+
+def test_no_other_unbiased_low_rank_scheme_tried_has_less_variance():
+    """Rank-one terms in any other orthonormal basis, with probabilities optimal for that basis."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    matrix = matrix * torch.tensor([4.0, 2.0, 1.0, 0.5, 0.1])
+    best = float(theory.low_rank(torch.linalg.svdvals(matrix), 2))
+    for _ in range(500):
+        q, _ = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64))
+        norms = (matrix @ q).norm(dim=0)
+        assert float(theory.minimal_sampling(norms, 2)) >= best * (1 - 1e-9)
+
+
+def brute_force_joint(pi, k, steps=20_000):
+    edges = torch.cat([torch.zeros(1, dtype=torch.float64), pi.cumsum(0)])
+    u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    joint = torch.zeros(len(pi), len(pi), dtype=torch.float64)
+    for point in u:
+        hits = point + torch.arange(k, dtype=torch.float64)
+        member = ((edges[:-1, None] <= hits) & (hits < edges[1:, None])).any(1).double()
+        joint += member[:, None] * member / steps
+    return joint
+
+
+def test_the_joint_inclusion_probabilities_of_systematic_sampling():
+    pi = inclusion_probabilities(torch.tensor([0.3, 1.0, 0.2, 0.9, 4.0, 0.6]), 3)
+    joint = theory.joint_inclusion_systematic(pi)
+    torch.testing.assert_close(joint, brute_force_joint(pi, 3), atol=3e-4, rtol=0)
+    torch.testing.assert_close(joint.diagonal(), pi)
+    torch.testing.assert_close(joint.sum(1), 3 * pi)  # fixed size: sum_j pi_ij = k pi_i
+
+
+def test_stratification_helps_where_neighbours_are_alike_and_hurts_where_a_period_fits():
+    pi = torch.full((12,), 0.25, dtype=torch.float64)
+    smooth = torch.linspace(1, 2, 12, dtype=torch.float64)
+    periodic = torch.tensor([2.0, 0.5, 0.5, 0.5] * 3, dtype=torch.float64)
+    for values, better in ((smooth, True), (periodic, False)):
+        independent = theory.horvitz_thompson(pi, values.square())
+        systematic = theory.systematic(pi, values[:, None] * values)
+        assert (systematic < independent) == better
+
+
+def test_horvitz_thompson_by_enumeration_of_independent_draws():
+    pi = torch.tensor([0.3, 0.8, 0.5], dtype=torch.float64)
+    c = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]], dtype=torch.float64)
+    total = 0.0
+    for z in itertools.product([0, 1], repeat=3):
+        z = torch.tensor(z, dtype=torch.float64)
+        probability = float((pi**z * (1 - pi) ** (1 - z)).prod())
+        estimate = (c * (z / pi)[:, None]).sum(0)
+        total += probability * float((estimate - c.sum(0)).square().sum())
+    assert sampling_variance(pi, c.square().sum(1)) == pytest.approx(total)
+
+
+def test_rademacher_by_enumeration():
+    """One row of signs over three rows: all eight sign vectors."""
+    generator = torch.Generator().manual_seed(0)
+    g, x = (torch.randn(3, d, generator=generator, dtype=torch.float64) for d in (2, 4))
+    total = 0.0
+    for s in itertools.product([-1.0, 1.0], repeat=3):
+        s = torch.tensor(s, dtype=torch.float64)
+        estimate = (g.T @ s)[:, None] * (s @ x)
+        total += float((estimate - g.T @ x).square().sum()) / 8
+    pairs = theory.variance.pair_energy(g, x)
+    assert float(theory.variance.rademacher(1, pairs)) == pytest.approx(total)
+    assert float(theory.variance.srht(4, 4, pairs)) == 0
