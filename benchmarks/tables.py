@@ -1,0 +1,86 @@
+"""Write the tables of README and docs from ``results/*.json``, between their markers.
+
+    python benchmarks/tables.py          # rewrite
+    python benchmarks/tables.py --check  # exit 1 where a table differs from the results
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?)(<!-- end -->)", re.S)
+
+
+def _load(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def real_variance() -> str:
+    table: dict[str, dict[float, dict]] = {}
+    for row in _load("real_variance")["rows"]:
+        table.setdefault(row["estimator"], {})[row["keep"]] = row
+    keeps = sorted(next(iter(table.values())), reverse=True)
+    header = ["estimator", *(f"grad_input, keep {k}" for k in keeps)]
+    header += [f"grad_weight, keep {k}" for k in keeps]
+    rows = []
+    for name, cells in table.items():
+        saver = name.startswith(("stored", "projection"))  # their grad_input is exact
+        inputs = ["exact" if saver else f"{cells[k]['grad_input']:.3f}" for k in keeps]
+        rows.append([name, *inputs, *(f"{cells[k]['grad_weight']:.3f}" for k in keeps)])
+    return _markdown(header, rows)
+
+
+def layer_time() -> str:
+    table: dict[str, dict[str, dict]] = {}
+    for row in _load("layer_time")["rows"]:
+        table.setdefault(row["sketch"], {})[row["shape"]] = row
+    shapes = list(next(iter(table.values())))
+    exact = [next(iter(table.values()))[s]["exact_ms"] for s in shapes]
+    rows = [["exact, ms", *(f"{ms:.1f}" for ms in exact), ""]]
+    for sketch, cells in table.items():
+        ratios = [f"×{cells[s]['ratio']:.2f}" for s in shapes]
+        rows.append([f"`{sketch}`", *ratios, f"×{cells[shapes[0]]['floor']:.2f}"])
+    return _markdown(["sketch", *shapes, "floor"], rows)
+
+
+TABLES = {"real_variance": real_variance, "layer_time": layer_time}
+
+
+def filled(text: str) -> str:
+    """The text with every marked table written anew."""
+    return BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def stale() -> list[Path]:
+    """Pages whose tables are not those of the results."""
+    return [page for page in pages() if filled(page.read_text()) != page.read_text()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    out_of_date = stale()
+    if check and out_of_date:
+        raise SystemExit("\n".join(f"stale tables in {page}" for page in out_of_date))
+    for page in [] if check else out_of_date:
+        page.write_text(filled(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
