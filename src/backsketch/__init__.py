@@ -34,6 +34,8 @@ from backsketch.estimators import Split as Split
 from backsketch.estimators import StoredRows as StoredRows
 from backsketch.estimators import parse as parse
 from backsketch.nn import exact as exact
+from backsketch.regions import Mask as Mask
+from backsketch.regions import Region as Region
 from backsketch.report import Report as Report
 from backsketch.sampling import get_rng_state as get_rng_state
 from backsketch.sampling import seed as seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from backsketch.estimators import Sketch
 
@@ -15,8 +16,9 @@ class Site:
     """One row of the report.
 
     ``work`` is the predicted arithmetic of (grad_input, grad_weight) and ``saved`` the predicted bytes
-    kept of the input, both as fractions of the exact layer. ``reason`` says why a site is exact, or what
-    to expect of a sketched one.
+    kept of the input, both as fractions of the exact layer; None where only a run can tell. ``reason``
+    says why a site is exact, or what to expect of a sketched one. ``state`` is the live side of a
+    region, whose guards run with the first batches: print the report again to see their verdict.
     """
 
     name: str
@@ -24,7 +26,18 @@ class Site:
     sketch: Sketch | None
     reason: str = ""
     work: tuple[float, float] = (1.0, 1.0)
-    saved: float = 1.0
+    saved: float | None = 1.0
+    state: Any = None
+
+    @property
+    def status(self) -> str:
+        """The reason, or what the guards of a region have found so far."""
+        if self.state is None:
+            return self.reason
+        if self.state.status == "exact":
+            return f"runs exactly: {self.state.reason}"
+        pending = "guards run with the first batch"
+        return pending if self.state.status == "pending" else "rows proven independent"
 
     @property
     def backward(self) -> float:
@@ -72,8 +85,8 @@ class Report:
         name = site.name or "(model)"
         if site.sketch is None:
             return name, site.type, "exact", "", "", "", site.reason
-        times = [f"×{fraction:.2f}" for fraction in (*site.work, site.saved)]
-        return name, site.type, str(site.sketch), *times, site.reason
+        times = ["" if f is None else f"×{f:.2f}" for f in (*site.work, site.saved)]
+        return name, site.type, str(site.sketch), *times, site.status
 
     def _summary(self) -> str:
         return (

@@ -231,12 +231,41 @@ whose variance formulas are exact, it saves nothing)."""
 _LIB = torch.library.Library("backsketch", "FRAGMENT")
 
 
-def _operator(schema: str, implementation: Any, fake: Any) -> Any:
+def _operator(schema: str, implementation: Any, fake: Any, vmap: Any = None) -> Any:
     name = schema.split("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"backsketch::{name}", fake, lib=_LIB)
-    return getattr(torch.ops.backsketch, name).default
+    operator = getattr(torch.ops.backsketch, name).default
+    torch.library.register_vmap(f"backsketch::{name}", vmap or _one_by_one(operator), lib=_LIB)
+    return operator
+
+
+def _one_by_one(operator: Any) -> Any:
+    """The vmap rule of a pure operator: a loop over the samples."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        parts = tuple(torch.stack(part) for part in zip(*results))
+        return parts, (0,) * len(parts)
+
+    return rule
+
+
+def _next_seed_vmap(info: Any, in_dims: Any, anchors: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    if info.randomness == "error":
+        raise RuntimeError(
+            "a sketched layer is random: call torch.func.vmap with randomness='different' or 'same', "
+            "or put the call inside `with backsketch.exact(model):`"
+        )
+    if info.randomness == "same":
+        return _next_seed([]), None
+    return torch.stack([_next_seed([]) for _ in range(info.batch_size)]), 0
 
 
 def _generator(device: torch.device, seed: Tensor, stream: int) -> torch.Generator:
@@ -284,6 +313,7 @@ _next_seed = _operator(
     "next_seed(Tensor[] anchors) -> Tensor",
     _next_seed_impl,
     lambda anchors: torch.empty((), dtype=torch.int64, device="cpu"),
+    _next_seed_vmap,
 )
 _draw = _operator(
     "draw(Tensor scores, SymInt k, Tensor seed, int stream, str design, float floor)"

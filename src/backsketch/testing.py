@@ -234,8 +234,11 @@ def _module_gradients(
     outputs = [y for y in _tensors(outputs) if y.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
-    return {n: g for n, g in zip(leaves, gradients) if g is not None}
+    # As a training step does it: torch.autograd.grad is not for every model (reentrant checkpoints).
+    for leaf in leaves.values():
+        leaf.grad = None
+    torch.autograd.backward(outputs, cotangents)
+    return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -51,7 +51,7 @@ class Quantized(Estimator):
 
     def __post_init__(self) -> None:
         check_choice(self, "bits", self.bits, (1, 2, 4, 8))
-        if isinstance(self.bits, bool):
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool):
             raise ValueError(f"Quantized: bits must be 1, 2, 4 or 8; got {self.bits!r}")
         size = self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 8 or size % 8:

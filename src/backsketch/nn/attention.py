@@ -40,7 +40,7 @@ class SketchedMultiheadAttention(Swapped, nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
-        _check_masks(key_padding_mask, need_weights, attn_mask, is_causal)
+        _check_masks(key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
         query, key, value = self._sequence_first(query, key, value, batched)
         if not batched and key_padding_mask is not None:
@@ -49,6 +49,7 @@ class SketchedMultiheadAttention(Swapped, nn.MultiheadAttention):
             attn_mask = None
         else:
             is_causal = is_causal and key_padding_mask is None
+        self._check_shapes(query, key, value, key_padding_mask, attn_mask)
 
         q, k, v = self._project(query, key, value)
         q, k, v, mask = self._heads(q, k, v, key_padding_mask, attn_mask)
@@ -69,15 +70,45 @@ class SketchedMultiheadAttention(Swapped, nn.MultiheadAttention):
     def _sequence_first(
         self, query: Tensor, key: Tensor, value: Tensor, batched: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(length, batch, dim)``; tensors that are one object stay one object."""
-        if batched and not self.batch_first:
+        """``(length, batch, dim)``; batched tensors that are one object stay one object."""
+        if not batched:
+            # As PyTorch does it: three tensors, hence three products, and the same rounding.
+            return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+        if not self.batch_first:
             return query, key, value
+        k = key.transpose(1, 0)
+        q = k if query is key else query.transpose(1, 0)
+        return q, k, k if value is key else value.transpose(1, 0)
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.transpose(1, 0) if batched else tensor.unsqueeze(1)
-
-        k = move(key)
-        return k if query is key else move(query), k, k if value is key else move(value)
+    def _check_shapes(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        """Refuse what PyTorch refuses: most of it would broadcast into a wrong result."""
+        if not query.dim() == key.dim() == value.dim() == 3:
+            raise RuntimeError(
+                "MultiheadAttention: query, key and value must all be 2-D (unbatched) or all be 3-D"
+            )
+        length, batch = query.shape[:2]
+        source = key.shape[0]
+        expected: list[tuple[str, Tensor | None, list[tuple[int, ...]]]] = [
+            ("query", query, [(length, batch, self.embed_dim)]),
+            ("key", key, [(source, batch, self.kdim)]),
+            ("value", value, [(source, batch, self.vdim)]),
+            ("key_padding_mask", padding, [(batch, source)]),
+            ("attn_mask", mask, [(length, source), (batch * self.num_heads, length, source)]),
+        ]
+        for name, tensor, shapes in expected:
+            if tensor is not None and tuple(tensor.shape) not in shapes:
+                wanted = " or ".join(str(shape) for shape in shapes)
+                raise RuntimeError(
+                    f"MultiheadAttention: {name} has shape {tuple(tensor.shape)}, but should have {wanted} "
+                    "(sequence first)"
+                )
 
     def _restore_layout(
         self, out: Tensor, weights: Tensor | None, batched: bool, average: bool, batch: int
@@ -156,8 +187,10 @@ class SketchedMultiheadAttention(Swapped, nn.MultiheadAttention):
     ) -> Tensor:
         if mask is not None:
             shared = mask.shape[0] == 1
-            mask = mask.unsqueeze(0) if shared else mask.view(batch, self.num_heads, -1, k.shape[1])
-        q, k, v = (x.view(batch, self.num_heads, -1, self.head_dim) for x in (q, k, v))
+            mask = (
+                mask.unsqueeze(0) if shared else mask.view(batch, self.num_heads, *mask.shape[1:])
+            )
+        q, k, v = (x.view(batch, self.num_heads, x.shape[1], self.head_dim) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, self.dropout, is_causal)
 
     def _attend_with_weights(
@@ -184,9 +217,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-def _check_masks(
-    padding: Tensor | None, need_weights: bool, mask: Tensor | None, is_causal: bool
-) -> None:
+def _check_masks(padding: Tensor | None, mask: Tensor | None, is_causal: bool) -> None:
     if is_causal and mask is None:
         raise RuntimeError("MultiheadAttention: is_causal is a hint that needs attn_mask beside it")
     for name, tensor in (("key_padding_mask", padding), ("attn_mask", mask)):

@@ -82,7 +82,8 @@ def _vjp(
     weight: Tensor,
     *stored: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    seed = next_seed(cotangent)
+    # As in the forward pass: layers that share a cotangent (a sum of branches) must not share a seed.
+    seed = next_seed(cotangent, weight)
     g = op.rows(cotangent)
     grad_input = grad_weight = grad_bias = None
     if needed[0]:

@@ -1,0 +1,252 @@
+"""Capture a region's forward and backward graphs, and run them.
+
+``torch.compile`` with a backend built on AOTAutograd does the capture: Dynamo guards on everything
+Python that the graph depends on, AOTAutograd supplies the ``autograd.Function``, in which parameters
+are inputs (so hooks, DDP and FSDP see their gradients). The leading dimensions are marked dynamic;
+their symbols tell which tensors have rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils import _pytree as pytree
+
+from backsketch.regions.compilers import COMPILERS, Compiler, boxed
+from backsketch.regions.partition import partition
+from backsketch.regions.program import Program
+from backsketch.regions.state import CURRENT, RegionState
+from backsketch.regions.structure import RowSymbols
+
+_NAMES = itertools.count()
+
+
+class Capture:
+    """A ``torch.compile`` backend that makes one :class:`Program` per captured graph.
+
+    ``compiler`` turns a graph into something that runs: plain execution, or inductor where the
+    surrounding model is compiled.
+    """
+
+    def __init__(self, mode: str, row_dims: int, compiler: Compiler) -> None:
+        self.mode, self.row_dims, self.compiler = mode, row_dims, compiler
+        self.programs = 0
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        fakes = [p.meta.get("example_value") for p in placeholders]
+        program = Program(self.row_dims, RowSymbols(()))
+        self.programs += 1
+        split = partition(self.mode, self.compiler.inner_partition(self.mode))
+
+        def prove(joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+            fw, bw = split(joint, joint_inputs, **options)
+            program.symbols = _row_symbols(fakes, self.row_dims)
+            program.prove(fw, bw, options["num_fwd_outputs"])
+            return fw, bw
+
+        def forward(graph: fx.GraphModule, graph_inputs: Any) -> Callable[..., Any]:
+            _donate_nothing()
+            return _noting(program, self.compiler.forward(graph, graph_inputs))
+
+        def backward(graph: fx.GraphModule, graph_inputs: Any) -> Callable[..., Any]:
+            program.build(graph, graph_inputs, self.compiler)
+            return boxed(program.backward)
+
+        compiled = aot_autograd(
+            fw_compiler=forward,
+            bw_compiler=backward,
+            inference_compiler=self.compiler.forward,
+            partition_fn=prove,
+            decompositions=self.compiler.decompositions(),
+        )
+        return compiled(gm, inputs)
+
+
+def _donate_nothing() -> None:
+    """Let no saved tensor be overwritten by the backward pass: that would forbid retain_graph."""
+    context = torch._guards.TracingContext.try_get()
+    donated = getattr(getattr(context, "fw_metadata", None), "bw_donated_idxs", None)
+    if donated:
+        donated.clear()
+
+
+def _noting(program: Program, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell the running region what was found out about its graph."""
+
+    def call(args: list[Any]) -> Any:
+        state = CURRENT.state
+        if state is not None and program.refusal is not None:
+            state.settle("exact", program.refusal)
+        return run(args)
+
+    return boxed(call)
+
+
+def _row_symbols(fakes: Sequence[Any], row_dims: int) -> RowSymbols:
+    """The symbols that Dynamo made for the leading sizes of the current region's arguments."""
+    env = next(
+        (f.fake_mode.shape_env for f in fakes if getattr(f, "fake_mode", None) is not None), None
+    )
+    names = [_size_names(axis) for axis in range(row_dims)]
+    axes: list[set[Any]] = [set() for _ in range(row_dims)]
+    if env is None:
+        return RowSymbols(())
+    for symbol, sources in env.var_to_sources.items():
+        for source in sources:
+            name = source.name() if callable(source.name) else source.name
+            for axis in range(row_dims):
+                if name in names[axis]:
+                    axes[axis] |= env.simplify(symbol).free_symbols
+    # An axis that Dynamo made constant must have size one: its rows could not be told apart.
+    for axis, size in enumerate(CURRENT.lead):
+        if size != 1 and not axes[axis]:
+            return RowSymbols(())
+    return RowSymbols(tuple(frozenset(a) for a in axes))
+
+
+def _size_names(axis: int) -> set[str]:
+    names = set()
+    args, kwargs = CURRENT.inputs
+    for root, tree in (("L['args']", args), ("L['kwargs']", kwargs)):
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            if isinstance(leaf, Tensor) and _has_rows(leaf, CURRENT.lead):
+                names.add(f"{root}{pytree.keystr(path)}.size()[{axis}]")
+    return names
+
+
+def _has_rows(x: Tensor, lead: tuple[int, ...]) -> bool:
+    return x.dim() >= len(lead) and tuple(x.shape[: len(lead)]) == lead
+
+
+# --- trampolines ------------------------------------------------------------------------------------
+
+
+class Runner:
+    """A compiled call of one module class, shared by every region of that class.
+
+    Its code object is its own, so Dynamo's caches and recompilation limits are not shared with
+    anything else.
+    """
+
+    def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
+        def region(module: Any, args: Any, kwargs: Any) -> Any:
+            return forward(module, *args, **kwargs)
+
+        name = f"backsketch_region_{next(_NAMES)}"
+        code = region.__code__.replace(co_name=name)
+        fresh = types.FunctionType(code, region.__globals__, name, None, region.__closure__)
+        self.capture = capture
+        self.call = torch.compile(fresh, backend=capture, fullgraph=True)
+
+
+    @property
+    def full(self) -> bool:
+        """Whether Dynamo would give up on one more graph."""
+        return self.capture.programs >= torch._dynamo.config.recompile_limit
+
+
+_RUNNERS: dict[Any, Runner] = {}
+_MAX_RENEWALS = 8
+
+
+def _runner(module: Any, forward: Any, state: RegionState, compiler: str) -> Runner:
+    """The runner of this kind of region: made on first use."""
+    assert state.spec is not None
+    key = (type(module), state.spec.mode, state.spec.row_dims, compiler)
+    if key not in _RUNNERS or _RUNNERS[key].full:
+        capture = Capture(state.spec.mode, state.spec.row_dims, COMPILERS[compiler])
+        _RUNNERS[key] = Runner(forward, capture)
+    return _RUNNERS[key]
+
+
+def run(
+    module: Any,
+    forward: Callable[..., Any],
+    state: RegionState,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    compiler: str = "plain",
+) -> Any:
+    """The region's forward pass: exact, and captured for a sketched backward pass if it can be."""
+    assert state.spec is not None
+    row_dims = state.spec.row_dims
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    lead = tuple(tensors[0].shape[:row_dims]) if tensors else ()
+    if len(lead) < row_dims:
+        state.refuse(f"its first tensor argument does not have {row_dims} dimensions of rows")
+        return forward(module, *args, **kwargs)
+    if 0 in lead:
+        return forward(module, *args, **kwargs)
+    runner = state.runner = state.runner or _runner(module, forward, state, compiler)
+    rowed = [t for t in tensors if _has_rows(t, lead)]
+    try:
+        with _entered(state, lead, (args, kwargs)), _dynamic(rowed, row_dims):
+            if _is_new(state, tensors, row_dims):
+                with warnings.catch_warnings():
+                    # Dynamo looks for .grad on every tensor it meets, non-leaf ones included.
+                    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+                    return runner.call(module, args, kwargs)
+            return runner.call(module, args, kwargs)
+    except FailOnRecompileLimitHit:
+        state.exhausted.append(runner)
+        state.runner = None
+        if len(state.exhausted) > _MAX_RENEWALS:
+            state.refuse("it is recompiled on almost every call")
+            return forward(module, *args, **kwargs)
+        return run(module, forward, state, args, kwargs, compiler)
+    except TorchDynamoException as error:
+        if compiler != "plain":  # no C++ compiler, say
+            state.runner = None
+            return run(module, forward, state, args, kwargs)
+        state.refuse(f"it cannot be captured: {_first_line(error)}")
+        return forward(module, *args, **kwargs)
+
+
+def _is_new(state: RegionState, tensors: Sequence[Tensor], row_dims: int) -> bool:
+    """Whether arguments like these were not seen before, so that a capture is likely."""
+    signature = tuple((t.shape[row_dims:], t.dtype, t.requires_grad) for t in tensors)
+    if signature in state.seen:
+        return False
+    state.seen.add(signature)
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+@contextlib.contextmanager
+def _entered(state: RegionState, lead: tuple[int, ...], inputs: Any) -> Iterator[None]:
+    before = CURRENT.state, CURRENT.lead, CURRENT.inputs
+    CURRENT.state, CURRENT.lead, CURRENT.inputs = state, lead, inputs
+    CURRENT.depth += 1
+    try:
+        yield
+    finally:
+        CURRENT.state, CURRENT.lead, CURRENT.inputs = before
+        CURRENT.depth -= 1
+
+
+@contextlib.contextmanager
+def _dynamic(tensors: Sequence[Tensor], row_dims: int) -> Iterator[None]:
+    """Mark the leading dimensions dynamic while Dynamo looks at them, and leave no mark behind."""
+    before = [dict(t.__dict__) for t in tensors]
+    for t in tensors:
+        for axis in range(row_dims):
+            torch._dynamo.maybe_mark_dynamic(t, axis)
+    try:
+        yield
+    finally:
+        for t, attributes in zip(tensors, before):
+            t.__dict__.clear()
+            t.__dict__.update(attributes)

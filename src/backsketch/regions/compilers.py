@@ -1,0 +1,154 @@
+"""How captured graphs are run: node by node, or compiled by inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx
+
+from backsketch.regions import rows as row_ops
+from backsketch.regions.rows import Layout
+
+__all__ = ["COMPILERS", "Compiler", "Inductor", "Rows", "Runner", "boxed"]
+
+Runner = Callable[..., Sequence[Any]]
+
+aten = torch.ops.aten
+_RANDOM = (aten.native_dropout, aten.bernoulli, aten.rand_like, aten.randn_like)
+
+
+class Rows(NamedTuple):
+    """Where rows are among the saved tensors and the gradients; ``axis`` carries the kept ones."""
+
+    saved: Sequence[Layout | None]
+    gradients: Sequence[Layout | None]
+    axis: int
+
+
+def boxed(function: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+    """Mark a function of one list of arguments for AOTAutograd."""
+
+    def call(args: list[Any]) -> Any:
+        return function(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+class Compiler:
+    """Plain execution: every operator of the graph is called in turn, as eager PyTorch would."""
+
+    def decompositions(self) -> dict[Any, Any]:
+        return {}
+
+    def inner_partition(self, mode: str) -> Any:
+        """The partitioner of a mode, None for PyTorch's default one."""
+        return None
+
+    def forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
+        """The graph on all rows: a function of the list of arguments."""
+        return make_boxed_func(graph.forward)
+
+    def kept_backward(self, graph: fx.GraphModule, inputs: Sequence[Any], rows: Rows) -> Runner:
+        """The graph on kept rows: a function of (index, lead, full-size saved tensors, cotangents).
+
+        Every saved tensor is gathered just before it is read, so that it is still in cache then.
+        """
+        run = fx.GraphModule(graph, _gathering(graph, rows)).forward
+        return lambda index, lead, args: run(index, lead, *args)
+
+
+def _gathering(module: fx.GraphModule, rows: Rows) -> fx.Graph:
+    """A copy of a backward graph with gathers at its inputs and scatters at its outputs."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    index, lead = graph.placeholder("index"), graph.placeholder("lead")
+    placeholders = module.graph.find_nodes(op="placeholder")
+    pending = {p: at for p, at in zip(placeholders, rows.saved) if at is not None}
+
+    def read(node: fx.Node) -> fx.Node:
+        at = pending.pop(node, None)
+        if at is not None:
+            args = (env[node], at.dim, at.axes, lead, rows.axis, index)
+            env[node] = graph.call_function(row_ops.take, args)
+        return env[node]
+
+    def scattered(gradient: Any, at: Layout | None) -> Any:
+        if not isinstance(gradient, fx.Node) or at is None:
+            return read(gradient) if isinstance(gradient, fx.Node) else gradient
+        return graph.call_function(row_ops.put, (read(gradient), at.dim, at.axes, lead, index))
+
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph.output(tuple(map(scattered, node.args[0], rows.gradients)))
+        elif node.op == "placeholder":
+            env[node] = graph.placeholder(node.name)
+        else:
+            env[node] = graph.node_copy(node, read)
+    graph.lint()
+    return graph
+
+
+class Inductor(Compiler):
+    """Graphs compiled by inductor with symbolic sizes: one kernel set serves ``n`` and ``k`` rows.
+
+    Gathers happen before the compiled graph. Random operators are not decomposed, so their results
+    are saved like any activation and never drawn again.
+    """
+
+    def decompositions(self) -> dict[Any, Any]:
+        from torch._inductor.decomposition import select_decomp_table
+
+        table = dict(select_decomp_table())
+        random = {getattr(op, name) for op in _RANDOM for name in op.overloads()}
+        return {op: f for op, f in table.items() if op not in random}
+
+    def inner_partition(self, mode: str) -> Any:
+        return min_cut_rematerialization_partition if mode == "save" else None
+
+    def forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        return compile_fx_inner(graph, inputs)
+
+    def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        return compile_fx_inner(_copy(graph), inputs, is_backward=True)
+
+    def kept_backward(self, graph: fx.GraphModule, inputs: Sequence[Any], rows: Rows) -> Runner:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        dense = [
+            x if at is None or not isinstance(x, Tensor) else row_ops.dense_like(x, at)
+            for x, at in zip(inputs, [*rows.saved, *[None] * (len(inputs) - len(rows.saved))])
+        ]
+        compiled: Any = compile_fx_inner(_copy(graph), dense, is_backward=True)
+
+        def run(index: Tensor, lead: Any, args: list[Any]) -> Sequence[Any]:
+            for i, at in enumerate(rows.saved):
+                if at is not None:
+                    args[i] = row_ops.take(args[i], at.dim, at.axes, lead, rows.axis, index)
+            gradients = compiled(args)
+            return [
+                g if at is None or g is None else row_ops.put(g, at.dim, at.axes, lead, index)
+                for g, at in zip(gradients, rows.gradients)
+            ]
+
+        return run
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """Inductor's passes edit the graph they are given."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+COMPILERS: dict[str, Compiler] = {"plain": Compiler(), "inductor": Inductor()}

@@ -1,0 +1,67 @@
+"""The mixins that make a module a region or a masked module, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from backsketch.nn.swap import Swapped, swap_
+from backsketch.regions import capture, guards
+from backsketch.regions.mask import mask_outputs
+from backsketch.regions.spec import Mask, Region
+from backsketch.regions.state import CURRENT, RegionState, state_of
+
+__all__ = ["MaskedModule", "RegionModule", "attach"]
+
+
+class RegionModule(Swapped):
+    """A module whose backward pass runs on the kept rows, while it trains."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if CURRENT.depth or self._backsketch.keep >= 1 or not self._active():
+            return super().forward(*args, **kwargs)
+        return _call(self, args, kwargs, torch.compiler.is_compiling())
+
+
+@torch.compiler.disable
+def _call(module: Any, args: Any, kwargs: Any, compiled: bool) -> Any:
+    state = state_of(module)
+    state.spec = module._backsketch
+    forward = module._original_class.forward
+    if state.refused:
+        return forward(module, *args, **kwargs)
+    return capture.run(module, forward, state, args, kwargs, "inductor" if compiled else "plain")
+
+
+class MaskedModule(Swapped):
+    """A module whose output's cotangent loses rows, while it trains."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        if CURRENT.depth or not self._active():
+            return outputs
+        return mask_outputs(outputs, self._backsketch.keep, self._backsketch.row_dims)
+
+
+def attach(module: nn.Module, sketch: Region | Mask, name: str = "") -> RegionState | None:
+    """Make ``module`` a region or a masked module, in place; undone by ``nn.swap.unswap_``.
+
+    Args:
+        module: not swapped yet.
+        sketch: what to make of it.
+        name: the module's qualified name, for messages.
+
+    Returns:
+        The live state of a region, whose ``status`` and ``reason`` change as its guards run; None for
+        a mask.
+
+    Raises:
+        ValueError: the module cannot be a region, for a reason that shows without running it.
+    """
+    reason = guards.refusal(module, sketch)
+    if reason:
+        raise ValueError(f"{name or type(module).__name__}: {reason}")
+    swap_(module, MaskedModule if isinstance(sketch, Mask) else RegionModule, sketch)
+    return None if isinstance(sketch, Mask) else state_of(module, name)

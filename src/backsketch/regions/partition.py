@@ -1,0 +1,203 @@
+"""Split a captured joint graph into a forward graph and a backward graph.
+
+Both modes edit the joint graph and leave the split itself to PyTorch's default partitioner, which
+saves whatever the backward nodes still read from the forward nodes:
+
+* *save*: views are repeated in the backward graph, so that a tensor that is read through several views
+  is saved, and later sliced, once.
+* *recompute*: everything is repeated in the backward graph, except inputs and random numbers. Dropout
+  masks are saved values, so that a kept row sees its own mask again, bit for bit.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from functorch.compile import default_partition
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from backsketch.regions.structure import expr, is_random
+
+aten = torch.ops.aten
+Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+
+_VIEW_NAMES = "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze detach alias"
+_PIECE_NAMES = "select slice unbind split split_with_sizes chunk"
+_VIEWS, _PIECES = frozenset(_VIEW_NAMES.split()), frozenset(_PIECE_NAMES.split())
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on a tangent."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if tangent or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+class _Repeat:
+    """Copies forward nodes in front of their first backward reader."""
+
+    def __init__(self, graph: fx.Graph, repeatable: Callable[[fx.Node], bool]) -> None:
+        self.graph, self.repeatable = graph, repeatable
+        self.backward = backward_nodes(graph)
+        self.copies: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node in self.backward and node.op == "call_function":
+                with self.graph.inserting_before(node):
+                    node.args = fx.map_arg(node.args, self._read)
+                    node.kwargs = fx.map_arg(node.kwargs, self._read)
+
+    def _read(self, node: fx.Node) -> fx.Node:
+        if node in self.backward or node.op != "call_function":
+            return node
+        if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+            return node  # sizes are saved as integers
+        if node not in self.copies:
+            self.copies[node] = self._copy(node)
+        return self.copies[node]
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if not self.repeatable(node):
+            return _replayed_dropout(self, node) or node
+        copy = self.graph.node_copy(node, self._read)
+        copy.meta = {k: v for k, v in node.meta.items() if k != "partitioner_tag"}
+        copy.meta["partitioner_tag"] = "is_backward"
+        return copy
+
+
+def _replayed_dropout(repeat: _Repeat, node: fx.Node) -> fx.Node | None:
+    """The output of a dropout, from its input and its saved mask: ``x * mask / (1 - p)``."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(source, fx.Node) or _name(source) != "native_dropout" or node.args[1] != 0:
+        return None
+    x, p = source.args[:2]
+    masks = [u for u in source.users if u.args[1] == 1]
+    if not masks:
+        return None
+    args = (repeat._read(x), masks[0], 0.0 if p == 1 else 1 / (1 - p))  # type: ignore[arg-type,operator]
+    new = repeat.graph.call_function(aten.native_dropout_backward.default, args)
+    new.meta = {"val": node.meta["val"], "partitioner_tag": "is_backward"}
+    if "tensor_meta" in node.meta:
+        new.meta["tensor_meta"] = node.meta["tensor_meta"]
+    return new
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Views that are cheaper to repeat than to slice; a small piece of a tensor is not."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    if node.target is operator.getitem:
+        return _name(source) in _PIECES and _is_large_piece(node, source.args[0])
+    if _name(node) in _PIECES:
+        return isinstance(node.meta["val"], (tuple, list)) or _is_large_piece(node, source)
+    return _name(node) in _VIEWS
+
+
+def _is_large_piece(piece: fx.Node, whole: Any) -> bool:
+    share = expr(piece.meta["val"].numel()) / expr(whole.meta["val"].numel())
+    return bool(share.is_number and share >= 0.125)
+
+
+def _is_deterministic(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and _is_deterministic(source)
+    return not is_random(node) and _name(node) != "tag"
+
+
+def _mark_dropout_masks(graph: fx.Graph) -> None:
+    """Give every random dropout a node for its mask, read or not, so that it can be saved."""
+    for node in list(graph.nodes):
+        if _name(node) == "native_dropout" and not any(u.args[1] == 1 for u in node.users):
+            with graph.inserting_after(node):
+                mask = graph.call_function(operator.getitem, (node, 1))
+            mask.meta = {**node.meta, "val": node.meta["val"][1]}
+            mask.meta.pop("tensor_meta", None)
+
+
+def _tag_region(graph: fx.Graph, num_outputs: int) -> None:
+    """Save the region's number with the activations: regions of one class share one graph.
+
+    The number is tied to an output and to a cotangent, so that partitioners see a saved value between
+    a forward and a backward node; :func:`_untag` removes both ties after the split.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    tangent = next(n for n in placeholders if "tangents" in str(n.target) and n.users)
+    primal = next(n for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor))
+    with primal.meta["val"].fake_mode:
+        number = torch.empty((), dtype=torch.int64)
+    with graph.inserting_after(placeholders[-1]):
+        tag = graph.call_function(torch.ops.backsketch_regions.tag.default, (primal,))
+    tag.meta = {"val": number, "partitioner_tag": "is_forward"}
+    tag.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    readers = list(tangent.users)
+    with graph.inserting_before(next(n for n in graph.nodes if n in tangent.users)):
+        _route(graph, tangent, tag, "is_backward", readers)
+    (output,) = graph.find_nodes(op="output")
+    outputs = output.args[0][:num_outputs]
+    out = next(n for n in outputs if isinstance(n.meta.get("val"), torch.Tensor))
+    with graph.inserting_after(tag if out.op == "placeholder" else out):
+        _route(graph, out, tag, "is_forward", [output])
+
+
+def _route(
+    graph: fx.Graph, value: fx.Node, tag: fx.Node, where: str, readers: list[fx.Node]
+) -> None:
+    route = graph.call_function(torch.ops.backsketch_regions.route.default, (value, tag))
+    route.meta = {"val": value.meta["val"], "partitioner_tag": where}
+    for reader in readers:
+        reader.replace_input_with(value, route)
+
+
+def _save_random(graph: fx.Graph) -> None:
+    """A partitioner that recomputes what is cheap must not draw random numbers again."""
+    for node in graph.nodes:
+        drawn = node.args[0] if node.target is operator.getitem else node
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        if is_tensor and isinstance(drawn, fx.Node) and is_random(drawn):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _untag(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.backsketch_regions.route.default
+    ):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+
+
+def partition(mode: str, inner: Partition | None = None) -> Partition:
+    """The partition function of a mode; ``inner`` replaces the default split."""
+
+    def split(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        graph = joint.graph
+        _tag_region(graph, options["num_fwd_outputs"])
+        if mode == "recompute":
+            _mark_dropout_masks(graph)
+            _Repeat(graph, _is_deterministic).run()
+        else:
+            _Repeat(graph, _is_view).run()
+        if inner is not None:
+            _save_random(graph)
+        graph.lint()
+        joint.recompile()
+        fw, bw = (inner or default_partition)(joint, inputs, **options)
+        for module in (fw, bw):
+            _untag(module.graph)
+            module.recompile()
+        return fw, bw
+
+    return split

@@ -1,0 +1,79 @@
+"""The two configurations of this package: what to sketch, never how it is going."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from backsketch.estimators.base import Sketch, check_choice, check_keep, register
+
+__all__ = ["Mask", "Region"]
+
+
+_ROW_DIMS = (1, 2)
+
+
+@register("region")
+@dataclass(frozen=True)
+class Region(Sketch):
+    r"""Run the whole backward pass of a submodule on a random subset of its rows.
+
+    A module whose rows do not interact has a block diagonal Jacobian, so its VJP is a sum over rows,
+
+    .. math:: J^\top g = \sum_i J_i^\top g_i, \qquad
+              \widehat{J^\top g} = \sum_{i \in S} J_i^\top g_i / \pi_i,
+
+    and the Horvitz-Thompson estimate on the right is unbiased whatever the module does inside a row.
+    Inclusion probabilities are proportional to :math:`\|g_i\|` (water-filling): a row with a zero
+    cotangent contributes nothing and is never drawn, so regions below a :class:`Mask` shrink with it.
+
+    Args:
+        keep: fraction of the rows with a non-zero cotangent that is kept, in (0, 1]; 1 is exact.
+        row_dims: how many leading dimensions count rows: 1 for samples, 2 for tokens (only for modules
+            that treat positions independently).
+        mode: ``"save"`` keeps the activations of the exact forward pass and slices them, at cost
+            ``1 + 2 keep`` (a forward pass is 1); ``"recompute"`` keeps the inputs only and recomputes
+            the kept rows, dropout masks included, at cost ``1 + 3 keep``.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> Region(keep=0.5, mode="recompute")
+        Region(keep=0.5, row_dims=1, mode='recompute')
+    """
+
+    keep: float
+    row_dims: int = 1
+    mode: Literal["save", "recompute"] = "save"
+
+    def __post_init__(self) -> None:
+        check_keep(self, self.keep)
+        check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)
+        check_choice(self, "mode", self.mode, ("save", "recompute"))
+
+
+@register("mask")
+@dataclass(frozen=True)
+class Mask(Sketch):
+    r"""Drop whole rows of the cotangent at a module's output; the forward pass is the identity.
+
+    .. math:: \hat g_i = g_i \, 1[i \in S] / \pi_i
+
+    has full shape, expectation :math:`g` and at most ``ceil(keep * n)`` non-zero rows. Regions and row
+    sketches below never draw a zero row, so one draw here shrinks everything upstream of it.
+
+    Args:
+        keep: fraction of the rows that is kept, in (0, 1]; 1 is exact.
+        row_dims: how many leading dimensions count rows (1: samples, 2: tokens).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    keep: float
+    row_dims: int = 1
+
+    def __post_init__(self) -> None:
+        check_keep(self, self.keep)
+        check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)

@@ -1,0 +1,102 @@
+"""What is mutable about a region: how its capture went, and which region a backward pass belongs to."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from backsketch.regions.spec import Region
+
+__all__ = ["RegionState", "state_of"]
+
+Status = Literal["pending", "active", "exact"]
+_IDS = itertools.count(1)
+
+
+@dataclass(eq=False)
+class RegionState:
+    """The live side of one region.
+
+    ``status`` is ``"pending"`` until the first backward pass has been checked, then ``"active"``, or
+    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias.
+    """
+
+    name: str = ""
+    status: Status = "pending"
+    reason: str | None = None
+    spec: Region | None = None
+    live_fraction: float | None = None
+    refused: bool = False
+    runner: Any = None
+    exhausted: list[Any] = field(default_factory=list)
+    seen: set[Any] = field(default_factory=set)
+    id: int = field(default_factory=lambda: next(_IDS))
+
+    def __post_init__(self) -> None:
+        _BY_ID[self.id] = self
+        self.tag = torch.tensor(self.id)
+
+    def settle(self, status: Status, reason: str | None = None) -> None:
+        """Record the outcome of a guard."""
+        self.status, self.reason = status, reason
+
+    def refuse(self, reason: str) -> None:
+        """Run exactly from now on."""
+        self.refused = True
+        self.settle("exact", reason)
+
+
+_BY_ID: weakref.WeakValueDictionary[int, RegionState] = weakref.WeakValueDictionary()
+_STATES: weakref.WeakKeyDictionary[nn.Module, RegionState] = weakref.WeakKeyDictionary()
+
+
+def state_of(module: nn.Module, name: str = "") -> RegionState:
+    """The state of a module's region, made on first use; a copied module starts afresh."""
+    state = _STATES.get(module)
+    if state is None:
+        state = _STATES[module] = RegionState(name)
+    return state
+
+
+def forget(module: nn.Module) -> None:
+    """Drop a module's state: guards are checked again if it becomes a region again."""
+    _STATES.pop(module, None)
+
+
+class Current:
+    """The region whose forward pass is running, and whether one is being captured."""
+
+    state: RegionState | None = None
+    lead: tuple[int, ...] = ()
+    inputs: Any = ((), {})
+    depth = 0
+
+
+CURRENT = Current()
+
+_LIB = torch.library.Library("backsketch_regions", "DEF")
+_LIB.define("tag(Tensor anchor) -> Tensor")
+_LIB.define("route(Tensor cotangent, Tensor tag) -> Tensor")
+
+
+def _tag(anchor: Tensor) -> Tensor:
+    return CURRENT.state.tag.clone() if CURRENT.state is not None else torch.tensor(0)
+
+
+_LIB.impl("tag", _tag, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "backsketch_regions::tag", lambda anchor: torch.empty((), dtype=torch.int64), lib=_LIB
+)
+torch.library.register_fake(
+    "backsketch_regions::route", lambda cotangent, tag: torch.empty_like(cotangent), lib=_LIB
+)
+
+
+def by_tag(tag: Tensor) -> RegionState | None:
+    """The region that ran the forward pass of this backward pass; the tag is on the host."""
+    return _BY_ID.get(int(tag))
