@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -120,3 +121,55 @@ def test_rademacher_by_enumeration():
     pairs = theory.variance.pair_energy(g, x)
     assert float(theory.variance.rademacher(1, pairs)) == pytest.approx(total)
     assert float(theory.variance.srht(4, 4, pairs)) == 0
+
+
+# Epochs against cost ------------------------------------------------------------------------------
+
+
+def steps_to_target(noise: float, target: float = 1e-3) -> int:
+    """Steps of the best step size on f(x) = x²/2 with relative gradient noise ``noise``, in expectation."""
+    value, steps = 1.0, 0
+    while value > target:
+        value *= 1 - 1 / (1 + noise)  # E f after one step of size 1 / (1 + noise)
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("c", "v", "beta"), [(0.5, 1.3, 200.0), (0.7, 1.1, 80.0), (0.4, 2.0, 150.0)]
+)
+def test_the_time_to_a_target_follows_the_formula(c, v, beta):
+    measured = c * steps_to_target(beta * v) / steps_to_target(beta)
+    predicted = theory.time_to_target_ratio(c, v, beta)
+    assert measured == pytest.approx(predicted, rel=0.02)
+    # The mutation: leaving the variance out is visibly wrong.
+    assert measured != pytest.approx(theory.time_to_target_ratio(c, 1.0, beta), rel=0.05)
+
+
+def test_uniform_masks_never_pay():
+    for p in torch.linspace(0.01, 1, 100).tolist():
+        cost = theory.layer_step_cost(p, p)
+        assert theory.time_to_target_ratio(cost, 1 / p, math.inf) >= 1 - 1e-9
+
+
+def test_a_smaller_batch_pays_only_without_noise():
+    assert theory.smaller_batch_ratio(0.25, 0.0) == 0.25
+    assert theory.smaller_batch_ratio(0.25, math.inf) == 1
+    assert theory.smaller_batch_ratio(0.25, 3.0) == pytest.approx((0.25 + 3) / 4)
+
+
+@pytest.mark.parametrize("beta", [0.5, 4.0, math.inf])
+def test_break_even_is_where_the_ratio_is_one(beta):
+    omega = theory.break_even_extra_variance(0.6, beta)
+    assert theory.time_to_target_ratio(0.6, 1 + omega, beta) == pytest.approx(1)
+
+
+def test_step_costs():
+    assert theory.region_step_cost(1.0) == pytest.approx(1)
+    assert theory.region_step_cost(1.0, "recompute") == pytest.approx(4 / 3)  # checkpointing
+    assert theory.region_step_cost(0.25) == pytest.approx(theory.layer_step_cost(0.25, 0.25))
+    for wrong in ({"keep": 1.5}, {"keep": 0.5, "mode": "other"}):
+        with pytest.raises(ValueError, match="must"):
+            theory.region_step_cost(**wrong)
+    with pytest.raises(ValueError, match="v must"):
+        theory.time_to_target_ratio(1, 0.5, 1)
