@@ -1,0 +1,52 @@
+"""The command line. Its packages are an extra, so they are looked for only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+EXTRA = ("accelerate", "datasets", "matplotlib", "numpy", "PIL", "rich", "sklearn", "typer")
+
+
+def make_app() -> typer.Typer:
+    """The application with all its commands."""
+    import typer
+
+    from backsketch.train.command import train_command
+
+    app = typer.Typer(
+        name="backsketch",
+        help="Cheaper training with unbiased, randomized backward passes.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_commands)
+    app.command("train")(train_command)
+    return app
+
+
+def _commands() -> None:
+    """Cheaper training with unbiased, randomized backward passes."""
+
+
+def main() -> None:
+    """Entry point: exit code 0, 2 for what the user can set right, 130 after Ctrl-C."""
+    try:
+        make_app()()
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        print(
+            f'backsketch: the command line needs {package}: pip install "backsketch[train]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

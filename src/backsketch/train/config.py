@@ -1,0 +1,170 @@
+"""What is trained and how: the frozen configuration and the table of defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import ceil
+from types import MappingProxyType
+from typing import Any
+
+from backsketch.train.errors import TrainError
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("one-cycle", "cosine", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEFAULT_SKETCH = "rows:keep=0.25"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a model: one row of `RECIPES`.
+
+    Attributes:
+        epochs: passes over the data, raised where needed to make `min_steps` steps, so that small
+            data is trained to the end too.
+        rates: optimizer -> (peak learning rate, weight decay); the first is the default optimizer.
+        warmup: share of all steps in which the learning rate rises to its peak.
+    """
+
+    epochs: int
+    min_steps: int
+    batch_size: int
+    rates: Mapping[str, tuple[float, float]]
+    schedule: str
+    warmup: float
+
+
+def _rates(
+    adamw_lr: float, adamw_decay: float, sgd_lr: float, sgd_decay: float
+) -> dict[str, tuple[float, float]]:
+    return {"adamw": (adamw_lr, adamw_decay), "sgd": (sgd_lr, sgd_decay)}
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "mlp": Recipe(3, 250, 128, _rates(2e-3, 0.01, 0.1, 1e-4), "one-cycle", 0.1),
+        "bagnet": Recipe(10, 800, 128, _rates(3e-3, 0.05, 0.1, 5e-4), "one-cycle", 0.2),
+        "vit": Recipe(16, 800, 128, _rates(2e-3, 0.05, 0.1, 1e-4), "one-cycle", 0.2),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the result of a run. `resolve` fills in what is not asked for.
+
+    Attributes:
+        sketch: text for `backsketch.parse`, or `"none"`.
+        compare: train the exact model beside the sketched one.
+        batch_size: images per optimizer step, over all processes and accumulated micro-batches.
+        grad_accumulation: micro-batches per optimizer step.
+        augment: random crop and horizontal flip; by default for colour images only.
+        device: `"auto"`, or a torch device; it does not take part in `mismatch`.
+        threads: of a CPU; by default PyTorch's choice.
+    """
+
+    model: str
+    data: str
+    sketch: str
+    compare: bool
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: str
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    schedule: str
+    warmup: float
+    precision: str
+    grad_accumulation: int
+    augment: bool
+    seed: int
+    device: str
+    threads: int | None = None
+    limit_train: int | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise TrainError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in ("epochs", "batch_size", "grad_accumulation", "lr"):
+            if not (value := getattr(self, name)) > 0:
+                raise TrainError(f"{name} must be positive, got {value}")
+        if self.threads is not None and self.threads < 1:
+            raise TrainError(f"threads must be positive, got {self.threads}")
+        for name in ("seed", "weight_decay"):
+            if not (value := getattr(self, name)) >= 0:
+                raise TrainError(f"{name} must not be negative, got {value}")
+        for name in ("warmup", "momentum"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise TrainError(f"{name} must be in [0, 1), got {value}")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise TrainError("nesterov needs the sgd optimizer with momentum")
+        if self.compare and self.sketch == "none":
+            raise TrainError("there is nothing to compare without a sketch")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and checkpoints."""
+        return asdict(self)
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "model": tuple(RECIPES),
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+}
+
+
+def resolve(
+    options: Mapping[str, Any], *, num_train: int, image_shape: tuple[int, int, int]
+) -> TrainConfig:
+    """The full configuration from the options that were given and the data.
+
+    Raises:
+        TrainError: an option that does not exist or a value that makes no sense.
+    """
+    if unknown := set(options) - {f.name for f in fields(TrainConfig)}:
+        raise TrainError(f"there is no option {min(unknown)!r}")
+    model = options.get("model", "mlp")
+    if model not in RECIPES:
+        raise TrainError(f"model must be one of {', '.join(RECIPES)}, got {model!r}")
+    recipe = RECIPES[model]
+    optimizer = options.get("optimizer", next(iter(recipe.rates)))
+    lr, weight_decay = recipe.rates.get(optimizer, (1e-3, 0.0))
+    batch_size = options.get("batch_size", min(recipe.batch_size, num_train))
+    steps_per_epoch = max(num_train // max(batch_size, 1), 1)
+    defaults: dict[str, Any] = {
+        "model": model,
+        "data": "digits",
+        "sketch": DEFAULT_SKETCH,
+        "compare": False,
+        "epochs": max(recipe.epochs, ceil(recipe.min_steps / steps_per_epoch)),
+        "batch_size": batch_size,
+        "lr": lr,
+        "optimizer": optimizer,
+        "momentum": 0.9,
+        "nesterov": optimizer == "sgd" and options.get("momentum", 0.9) > 0,
+        "weight_decay": weight_decay,
+        "schedule": recipe.schedule,
+        "warmup": recipe.warmup,
+        "precision": "fp32",
+        "grad_accumulation": 1,
+        "augment": image_shape[0] == 3,
+        "seed": 0,
+        "device": "auto",
+    }
+    return TrainConfig(**{**defaults, **options})
+
+
+def mismatch(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    """The first option asked for that differs from a checkpoint's configuration, in words."""
+    for name, value in asked.items():
+        if name != "device" and saved.get(name) != value:
+            return f"it was made with {name} = {saved.get(name)!r}, not {value!r}"
+    return None

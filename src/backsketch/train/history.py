@@ -1,0 +1,66 @@
+"""What happened during a run: the numbers behind the plot and most of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Evaluation:
+    """The test split at the end of an epoch."""
+
+    epoch: int
+    step: int
+    seconds: float
+    accuracy: float
+    loss: float
+
+
+@dataclass
+class History:
+    """Per step: the training loss of its batch and its seconds. Per epoch: an `Evaluation`, and
+    after some epochs the extra variance (None where it could not be measured).
+
+    The seconds are those of training steps only, without evaluation and checkpoints; `wall_seconds`
+    counts everything, over all sittings of a resumed run.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    extra_variances: dict[int, float | None] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+
+    @property
+    def train_seconds(self) -> float:
+        return sum(self.step_seconds)
+
+    def cumulative_seconds(self) -> list[float]:
+        """Training seconds at the end of each step."""
+        return torch.tensor(self.step_seconds, dtype=torch.float64).cumsum(0).tolist()
+
+    def median_step_seconds(self) -> float:
+        return float(torch.tensor(self.step_seconds, dtype=torch.float64).median())
+
+    def mean_loss(self, last_steps: int) -> float:
+        """Mean training loss over the last steps."""
+        return float(torch.tensor(self.losses[-last_steps:], dtype=torch.float64).mean())
+
+    def mean_extra_variance(self) -> float | None:
+        """Mean over the run of what could be measured; None where nothing could."""
+        known = [v for v in self.extra_variances.values() if v is not None]
+        return sum(known) / len(known) if known else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> History:
+        """The inverse of `state_dict`."""
+        evaluations = [Evaluation(**e) for e in state["evaluations"]]
+        return cls(**{**state, "evaluations": evaluations})

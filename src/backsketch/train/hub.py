@@ -1,0 +1,204 @@
+"""Any image-classification dataset that `datasets.load_dataset` reads, as uint8 tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backsketch.train.errors import TrainError
+from backsketch.train.images import ImageData, held_out
+
+if TYPE_CHECKING:
+    import datasets as hf
+
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
+LABEL_NAMES = ("label", "labels", "class", "target")
+
+
+def load_hub(name: str, label_column: str | None, image_size: int | None) -> ImageData:
+    """Load by hub id or local folder; see `backsketch.train.data.load_data`."""
+    return _from_splits(name, _load_splits(name), label_column, image_size)
+
+
+def _load_splits(name: str) -> hf.DatasetDict:
+    """`datasets.load_dataset` with its many errors turned into one sentence."""
+    import datasets as hf
+
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    if looks_local and not folder.exists():
+        raise TrainError(f"the data folder {name} does not exist")
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise TrainError(f"the data folder {name} is empty")
+    try:
+        with _quiet():
+            loaded = hf.load_dataset(str(folder) if folder.exists() else name)
+    except Exception as error:  # the loader raises a dozen types, all about the user's dataset
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "read" if folder.exists() else "find, as a folder here or on the hub,"
+        raise TrainError(f"could not {where} the dataset {name}: {reason}") from error
+    return loaded
+
+
+def _from_splits(
+    name: str, splits: hf.DatasetDict, label_column: str | None, image_size: int | None
+) -> ImageData:
+    train_name = "train" if "train" in splits else next(iter(splits))
+    train = splits[train_name]
+    image_column = _image_column(name, train)
+    label_column = label_column or _label_column(name, train)
+    if label_column not in train.column_names:
+        has = ", ".join(train.column_names)
+        raise TrainError(f"the dataset {name} has no column {label_column!r}; it has {has}")
+    classes, train_labels = _train_labels(name, train, label_column)
+    train_images = _decode(name, train, image_column, image_size)
+    for test_name in (n for n in TEST_SPLITS if n in splits and n != train_name):
+        test = splits[test_name]
+        if (test_labels := _test_labels(test, label_column, classes)) is None:
+            continue
+        test_images = _decode(name, test, image_column, image_size)
+        train_images, test_images = _same_shape(name, train_images, test_images)
+        return ImageData(
+            name, train_images, train_labels, test_images, test_labels, len(classes), test_name
+        )
+    return held_out(name, train_images, train_labels, len(classes))
+
+
+def _image_column(name: str, split: hf.Dataset) -> str:
+    import datasets as hf
+
+    for column, feature in split.features.items():
+        if isinstance(feature, hf.Image):
+            return column
+    has = ", ".join(split.column_names)
+    raise TrainError(f"the dataset {name} has no images: its columns are {has}")
+
+
+def _label_column(name: str, split: hf.Dataset) -> str:
+    import datasets as hf
+
+    features = split.features
+    for column, feature in features.items():
+        if isinstance(feature, hf.ClassLabel):
+            return column
+    for column in LABEL_NAMES:
+        dtype = str(getattr(features.get(column), "dtype", ""))
+        if dtype.startswith(("int", "uint", "string", "large_string")):
+            return column
+    has = ", ".join(split.column_names)
+    raise TrainError(
+        f"the dataset {name} has images but no labels: its columns are {has} (a folder needs one "
+        "subfolder per class; another column can be named with --label-column)"
+    )
+
+
+def _values(split: hf.Dataset, column: str) -> np.ndarray[Any, Any]:
+    return np.asarray(split.select_columns([column]).with_format("arrow")[:][column].to_pylist())
+
+
+def _train_labels(name: str, train: hf.Dataset, column: str) -> tuple[np.ndarray[Any, Any], Tensor]:
+    """The sorted class values, and the train labels as indices into them."""
+    import datasets as hf
+
+    values = _values(train, column)
+    if values.dtype.kind not in "iuU" or (values.dtype.kind == "i" and values.min(initial=0) < 0):
+        raise TrainError(
+            f"column {column!r} of the dataset {name} cannot serve as labels: it has missing, "
+            "negative or fractional values"
+        )
+    feature = train.features[column]
+    if isinstance(feature, hf.ClassLabel):
+        return np.arange(feature.num_classes), torch.from_numpy(values.astype(np.int64))
+    classes, indices = np.unique(values, return_inverse=True)
+    return classes, torch.from_numpy(indices.astype(np.int64))
+
+
+def _test_labels(test: hf.Dataset, column: str, classes: np.ndarray[Any, Any]) -> Tensor | None:
+    """Labels of another split as class indices; None where they are withheld or unknown."""
+    if column not in test.column_names or len(test) == 0:
+        return None
+    values = _values(test, column)
+    if values.dtype.kind != classes.dtype.kind and values.dtype.kind not in "iu":
+        return None
+    if not np.isin(values, classes).all():
+        return None
+    return torch.from_numpy(np.searchsorted(classes, values).astype(np.int64))
+
+
+def _decode(name: str, split: hf.Dataset, column: str, image_size: int | None) -> Tensor:
+    """All images of a split, `(count, channels, height, width)` uint8."""
+    if len(split) == 0:
+        raise TrainError(f"the dataset {name} has an empty split")
+    images: np.ndarray[Any, Any] | None = None
+    done = 0
+    try:
+        for batch in split.select_columns([column]).iter(batch_size=1000):
+            chunk = [_to_array(image, image_size) for image in batch[column]]
+            channels = max(array.shape[-1] for array in chunk)
+            if images is None:
+                images = np.empty((len(split), *chunk[0].shape[:2], channels), np.uint8)
+            if channels > images.shape[-1]:  # a colour image after grey ones
+                images = np.repeat(images, channels, axis=-1)
+            for array in chunk:
+                if array.shape[:2] != images.shape[1:3]:
+                    raise _several_sizes(name, array.shape[:2], images.shape[1:3])
+                images[done] = array  # one grey channel broadcasts to three
+                done += 1
+    except OSError as error:
+        raise TrainError(
+            f"image {done} of the dataset {name} cannot be decoded: {error}"
+        ) from error
+    assert images is not None
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _to_array(image: Any, image_size: int | None) -> np.ndarray[Any, Any]:
+    """A PIL image as `(height, width, 1 or 3)` uint8."""
+    from PIL import Image, ImageOps
+
+    if image.mode.startswith("I;16"):  # PIL would clip 16 bits instead of scaling them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise OSError(f"mode {image.mode}, neither 8 nor 16 bits per channel")
+    grey = image.mode in ("1", "L", "LA")
+    image = image.convert("L" if grey else "RGB")
+    if image_size is not None:
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    array = np.asarray(image)
+    return array[..., None] if grey else array
+
+
+def _several_sizes(name: str, one: tuple[int, ...], other: tuple[int, ...]) -> TrainError:
+    return TrainError(
+        f"the dataset {name} has images of several sizes ({other[1]}x{other[0]} and "
+        f"{one[1]}x{one[0]}): give --image-size, for example 32 or 224"
+    )
+
+
+def _same_shape(name: str, train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    if train.shape[2:] != test.shape[2:]:
+        raise _several_sizes(name, tuple(test.shape[2:]), tuple(train.shape[2:]))
+    channels = max(train.shape[1], test.shape[1])
+    return tuple(x.expand(-1, channels, -1, -1).contiguous() for x in (train, test))  # type: ignore[return-value]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the dataset library beside our own."""
+    import datasets as hf
+
+    if not hf.is_progress_bar_enabled():
+        yield
+        return
+    hf.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hf.enable_progress_bars()

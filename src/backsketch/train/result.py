@@ -1,0 +1,162 @@
+"""`result.json` and the table that compares an exact and a sketched run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from backsketch.train.history import History
+from backsketch.train.loop import Trainer
+
+PACKAGES = ("backsketch", "torch", "accelerate", "datasets", "scikit-learn", "numpy")
+CURVE_POINTS = 400
+
+
+def result_of(trainer: Trainer, setup_seconds: float) -> dict[str, Any]:
+    """What a finished run has to say, with plain values.
+
+    Keys: `test_accuracy`, `test_loss` at the end; `train_loss`, mean over the last epoch; `steps`;
+    `wall_seconds`, preparation included; `train_seconds`, `step_seconds_median`, training steps
+    only; `backward_flops_ratio`, matrix products of a backward pass over those of the exact one;
+    `peak_saved_bytes`, kept for the backward in one step; `extra_variance`, mean over the
+    measurements in `extra_variance_by_epoch`; `diverged`; `config`, `data`, `versions`, `device`,
+    `processes`; `evaluations` and `curve`, the run over time.
+    """
+    history, final = trainer.history, trainer.history.evaluations[-1]
+    train_loss = trainer.last_epoch_loss()
+    return {
+        "test_accuracy": final.accuracy,
+        "test_loss": final.loss,
+        "train_loss": train_loss,
+        "steps": len(history.losses),
+        "wall_seconds": history.wall_seconds + setup_seconds,
+        "train_seconds": history.train_seconds,
+        "step_seconds_median": history.median_step_seconds(),
+        **trainer.cost,
+        "extra_variance": history.mean_extra_variance(),
+        "extra_variance_by_epoch": {str(k): v for k, v in history.extra_variances.items()},
+        "diverged": not math.isfinite(train_loss),
+        "config": trainer.config.as_dict(),
+        "data": trainer.data.summary(),
+        "versions": versions(),
+        "device": device_name(trainer.accelerator.device),
+        "processes": trainer.accelerator.num_processes,
+        "evaluations": [vars(e) for e in history.evaluations],
+        "curve": curve(history),
+    }
+
+
+def curve(history: History) -> dict[str, list[float]]:
+    """Loss against steps and training seconds, averaged over at most `CURVE_POINTS` stretches."""
+    count = len(history.losses)
+    edges = torch.linspace(0, count, min(count, CURVE_POINTS) + 1).round().int().tolist()
+    seconds = history.cumulative_seconds()
+    stretches = [history.losses[a:b] for a, b in pairwise(edges)]
+    return {
+        "step": edges[1:],
+        "seconds": [seconds[edge - 1] for edge in edges[1:]],
+        "train_loss": [sum(losses) / len(losses) for losses in stretches],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["torch"] = torch.__version__
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write atomically; numbers that JSON cannot hold become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def comparison(result: Mapping[str, Any]) -> Table:
+    """The table of a run, with the exact run and the ratio beside it where there is one."""
+    exact = result.get("exact")
+    table = Table()
+    table.add_column("")
+    for heading in ("exact", "sketched", "sketched / exact") if exact else ("value",):
+        table.add_column(heading, justify="right")
+    for key, label, form, compared in _ROWS:
+        values = [exact[key], result[key]] if exact else [result[key]]
+        cells = ["not measurable" if v is None else form(v) for v in values]
+        if exact:
+            known = compared and None not in values and values[0]
+            cells.append(f"{values[1] / values[0]:.2f}" if known else "")
+        table.add_row(label, *cells)
+    return table
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """Model, data, epochs and sketch in one line."""
+    config = result["config"]
+    sketch = "exact" if config["sketch"] == "none" else config["sketch"]
+    return f"{config['model']} on {Path(config['data']).name}, {config['epochs']} epochs, {sketch}"
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """One sentence: did the sketch pay here, in time per step."""
+    exact = result["exact"]
+    ratio = result["step_seconds_median"] / exact["step_seconds_median"]
+    flops = 1 - result["backward_flops_ratio"]
+    gap = 100 * (result["test_accuracy"] - exact["test_accuracy"])
+    pays = (
+        f"a step takes {1 - ratio:.0%} less time"
+        if ratio < 1
+        else f"a step takes {ratio - 1:.0%} more time: at these sizes the sketch does not pay here"
+    )
+    return (
+        f"{flops:.0%} less arithmetic in the backward pass, {gap:+.1f} points of accuracy; {pays}."
+    )
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+_ROWS = (
+    ("test_accuracy", "test accuracy", "{:.2%}".format, False),
+    ("train_loss", "train loss, last epoch", "{:.4f}".format, False),
+    ("steps", "steps", "{:d}".format, False),
+    ("step_seconds_median", "median step", lambda s: f"{1000 * s:.2f} ms", True),
+    ("train_seconds", "training time", "{:.1f} s".format, True),
+    ("backward_flops_ratio", "backward arithmetic", "{:.3f}".format, True),
+    ("peak_saved_bytes", "saved for the backward", _bytes, True),
+    ("extra_variance", "extra variance ω", "{:.3f}".format, False),
+)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,197 @@
+"""The whole job: data, one or two runs, `result.json`, `plot.png`."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+import backsketch as bs
+from backsketch.train.checkpoint import load_checkpoint
+from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, resolve
+from backsketch.train.data import load_data
+from backsketch.train.errors import TrainError
+from backsketch.train.images import ImageData
+from backsketch.train.interrupt import StopRequest
+from backsketch.train.loop import Trainer
+from backsketch.train.plot import plot_result
+from backsketch.train.progress import TrainProgress
+from backsketch.train.result import comparison, headline, result_of, verdict, write_json
+from backsketch.train.setup import make_accelerator
+
+CHECKPOINT = "checkpoint.pt"
+EXACT_CHECKPOINT = "exact.pt"
+RESULT, PLOT, REPORT = "result.json", "plot.png", "sketch.txt"
+OUTPUTS = (CHECKPOINT, EXACT_CHECKPOINT, RESULT, PLOT)
+
+
+def train(
+    options: Mapping[str, Any] | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train, write `result.json` and `plot.png` into `out`, and return the result.
+
+    Args:
+        options: fields of `TrainConfig`; what is not named has the defaults of the model's recipe.
+        out: folder for the results; by default `runs/<model>-<data>-<sketch>`.
+        resume: continue from the checkpoints in `out`. Options that are named must agree with them.
+        console: where progress and the table go.
+
+    Raises:
+        TrainError: something that the caller can set right.
+        Interrupted: stopped by a signal, after a checkpoint.
+
+    Example:
+        >>> result = train({"epochs": 1, "sketch": "none"}, out=tmp_path)  # doctest: +SKIP
+    """
+    began = time.perf_counter()
+    console = console or Console()
+    options = dict(options or {})
+    out = out or default_folder(options)
+    check_spec(options.get("sketch", DEFAULT_SKETCH))
+    if resume:
+        options = _saved_options(out, options)
+    data = load_data(
+        options.get("data", "digits"),
+        label_column=options.get("label_column"),
+        image_size=options.get("image_size"),
+    ).limited(options.get("limit_train"))
+    config = resolve(options, num_train=data.num_train, image_shape=data.image_shape)
+    accelerator = make_accelerator(config.device, config.precision)
+    if accelerator.is_main_process:
+        _prepare_folder(out, resume, console)
+    accelerator.wait_for_everyone()
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _threads(config.threads):
+        result = _runs(config, data, accelerator, out, resume, console, began)
+    if accelerator.is_main_process:
+        write_json(out / RESULT, result)
+        plot_result(result, out / PLOT)
+        _say(console, result, out)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return result
+
+
+def default_folder(options: Mapping[str, Any]) -> Path:
+    """`runs/<model>-<data>-<sketch>`, the same for the same options, for `resume` to find."""
+    data = Path(options.get("data", "digits")).name
+    parts = [options.get("model", "mlp"), data, options.get("sketch", DEFAULT_SKETCH)]
+    return Path("runs") / "-".join(re.sub(r"[^\w.=]+", "-", part) for part in parts)
+
+
+def check_spec(spec: str) -> None:
+    """Refuse a sketch that cannot be used, before any work is done.
+
+    Raises:
+        TrainError: it does not parse, or is `auto`.
+    """
+    if spec == "auto":
+        raise TrainError(
+            "the sketch auto needs the planner, which this version does not have; give a sketch "
+            f"such as {DEFAULT_SKETCH}, or none"
+        )
+    if spec != "none":
+        try:
+            bs.parse(spec)
+        except ValueError as error:
+            raise TrainError(str(error)) from error
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _saved_options(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an earlier run in `out`, checked against what is asked for now."""
+    found = [path for path in (out / CHECKPOINT, out / EXACT_CHECKPOINT) if path.is_file()]
+    if not found:
+        raise TrainError(f"there is no checkpoint in {out} to resume from")
+    saved = load_checkpoint(found[0])["config"]
+    if reason := mismatch(saved, asked):
+        raise TrainError(f"the checkpoint {found[0]} does not fit this run: {reason}")
+    return {**saved, **asked}
+
+
+def _prepare_folder(out: Path, resume: bool, console: Console) -> None:
+    """Make the folder. A fresh run replaces a finished one and sets an unfinished one aside."""
+    out.mkdir(parents=True, exist_ok=True)
+    if resume:
+        return
+    finished = (out / RESULT).is_file()
+    for path in filter(Path.is_file, [out / name for name in OUTPUTS]):
+        if finished:
+            path.unlink()
+        else:
+            os.replace(path, aside := path.with_suffix(".old.pt"))
+            console.print(f"an unfinished run was here: its checkpoint is now {aside}")
+
+
+def _runs(
+    config: TrainConfig,
+    data: ImageData,
+    accelerator: Accelerator,
+    out: Path,
+    resume: bool,
+    console: Console,
+    began: float,
+) -> dict[str, Any]:
+    """The run, and before it the exact run where the two are compared."""
+    checkpoints = [out / CHECKPOINT]
+    if config.compare:
+        checkpoints.insert(0, out / EXACT_CHECKPOINT)
+    loading = time.perf_counter() - began
+    results = []
+    with StopRequest() as stop, TrainProgress(console, accelerator.is_main_process) as progress:
+        for checkpoint in checkpoints:
+            began = time.perf_counter()
+            exact_run = checkpoint.name == EXACT_CHECKPOINT
+            trainer = Trainer(config, data, accelerator, checkpoint, exact=exact_run)
+            if resume and checkpoint.is_file():
+                trainer.load()
+            _write_report(trainer, out, console)
+            setup = loading + time.perf_counter() - began
+            trainer.fit(progress, stop)
+            results.append(result_of(trainer, setup))
+            accelerator.free_memory()
+    *exact, result = results
+    return {**result, "exact": exact[0]} if exact else result
+
+
+def _write_report(trainer: Trainer, out: Path, console: Console) -> None:
+    """What the sketch applies to, before it is paid for: a table in a file, one line to read."""
+    report = trainer.report
+    if report is None or not trainer.accelerator.is_main_process:
+        return
+    path = out / REPORT
+    path.write_text(f"{report}\n")
+    console.print(
+        f"{len(report.sketched)} of {len(report)} layers sketched, see {path}", highlight=False
+    )
+
+
+def _say(console: Console, result: Mapping[str, Any], out: Path) -> None:
+    console.print(headline(result), style="bold", highlight=False)
+    console.print(comparison(result))
+    if "exact" in result:
+        console.print(verdict(result))
+    if result["diverged"]:
+        console.print("the training loss is not finite: lower --lr or raise keep", style="bold red")
+    console.print(f"wrote {out / RESULT} and {out / PLOT}", highlight=False)

@@ -1,0 +1,197 @@
+"""The command line: the demonstration, one-sentence errors, Ctrl-C, missing extras."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("accelerate")
+from PIL import Image
+from typer.testing import CliRunner
+
+from backsketch import cli
+from backsketch.train.checkpoint import load_checkpoint
+
+QUICK = ["--widths", "16", "--batch-size", "64", "--epochs", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.make_app(), ["train", *arguments])
+
+
+def test_without_arguments_the_digits_are_trained_exactly_and_sketched():
+    done = invoke()
+    assert done.exit_code == 0, done.output
+    folder = Path("runs/mlp-digits-rows-keep=0.25")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["test_accuracy"] > 0.95
+    assert result["exact"]["test_accuracy"] > 0.95
+    assert (folder / "plot.png").is_file()
+    assert "rows:keep=0.25" in (folder / "sketch.txt").read_text()
+    for said in ("exact", "sketched", "test accuracy", "extra variance", str(folder)):
+        assert said in done.output
+
+
+def test_with_arguments_nothing_is_compared_unless_asked(tmp_path):
+    done = invoke(*QUICK, "--out", "one")
+    assert done.exit_code == 0, done.output
+    assert "exact" not in json.loads(Path("one/result.json").read_text())
+
+
+def test_options_arrive_in_the_configuration():
+    arguments = "--sketch none --optimizer sgd --lr 0.5 --schedule cosine --warmup 0.1 --seed 3"
+    more = "--momentum 0.5 --no-nesterov --weight-decay 0 --grad-accumulation 2 --limit-train 200"
+    done = invoke(*QUICK, *arguments.split(), *more.split(), "--augment", "--out", "o")
+    assert done.exit_code == 0, done.output
+    config = json.loads(Path("o/result.json").read_text())["config"]
+    expected = {
+        **{"sketch": "none", "optimizer": "sgd", "lr": 0.5, "schedule": "cosine", "seed": 3},
+        **{"warmup": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": 0.0},
+        **{"grad_accumulation": 2, "limit_train": 200, "augment": True, "epochs": 1},
+        "model_options": {"widths": [16]},
+    }
+    assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--sketch auto", "the sketch auto needs the planner"),
+        ("--sketch nonsense:keep=0.5", "nonsense"),
+        ("--sketch rows:keep=1.5", "keep"),
+        ("--sketch rows:keep=0", "keep"),
+        ("--model resnet", "model must be one of mlp, bagnet, vit"),
+        ("--model mlp --patch 4", "model mlp has no option 'patch'"),
+        ("--model vit --patch 3", "not a whole number of 3x3 patches"),
+        ("--data ./missing", "the data folder ./missing does not exist"),
+        ("--epochs 0", "epochs must be positive"),
+        ("--batch-size 5000", "larger than the 1348 train images"),
+        ("--precision fp16 --device cpu", "fp16 needs a GPU"),
+        ("--device quantum", "no device called 'quantum'"),
+        ("--sketch none --compare", "nothing to compare"),
+        ("--resume", "there is no checkpoint in"),
+        ("--widths 12,x", "is not a list such as 512,512,512"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_leave_nothing_behind(tmp_path, arguments, message):
+    done = invoke(*arguments.split())
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("result.json"))
+
+
+def test_resume_refuses_other_options_and_a_damaged_checkpoint():
+    assert invoke(*QUICK, "--out", "r").exit_code == 0
+    done = invoke("--out", "r", "--resume", "--lr", "0.125")
+    assert done.exit_code == 2
+    assert "it was made with lr = 0.002, not 0.125" in done.output
+    checkpoint = Path("r/checkpoint.pt")
+    checkpoint.write_bytes(b"damaged")
+    done = invoke("--out", "r", "--resume")
+    assert done.exit_code == 2
+    assert "is damaged or not a checkpoint" in done.output
+    assert checkpoint.read_bytes() == b"damaged"
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_weights_are_reached(tmp_path):
+    options = ["--widths", "8", "--batch-size", "512", "--epochs", "80", "--threads", "1"]
+    command = [sys.executable, "-m", "backsketch.cli", "train", *options, "--out", "stopped"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = Path("stopped/checkpoint.pt")
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "to continue here: backsketch train --out stopped --resume" in errors
+    assert "Traceback" not in errors
+    assert load_checkpoint(checkpoint)["epoch"] < 80
+    assert invoke("--out", "stopped", "--resume").exit_code == 0
+    assert invoke(*options, "--out", "whole").exit_code == 0
+    expected = load_checkpoint(Path("whole/checkpoint.pt"))["model"]
+    for name, tensor in load_checkpoint(checkpoint)["model"].items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_interruption_during_the_exact_run_resumes_the_comparison(monkeypatch):
+    """The job is in every checkpoint, so even the exact run's alone brings back the whole job."""
+    options = [*QUICK, "--compare", "--sketch", "rows:keep=0.5"]
+    assert invoke(*options, "--out", "c").exit_code == 0
+    whole = json.loads(Path("c/result.json").read_text())
+    for name in ("checkpoint.pt", "result.json"):
+        Path("c", name).unlink()
+    assert invoke("--out", "c", "--resume").exit_code == 0
+    again = json.loads(Path("c/result.json").read_text())
+    assert again["train_loss"] == whole["train_loss"]
+    assert again["exact"]["train_loss"] == whole["exact"]["train_loss"]
+
+
+@pytest.mark.parametrize("package", ["typer", "accelerate", "datasets"])
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in [m for m in sys.modules if m.startswith("backsketch.train")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["backsketch", "train", "--data", "some/images"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    expected = f'backsketch: the command line needs {package}: pip install "backsketch[train]"\n'
+    assert capsys.readouterr().err == expected
+
+
+def test_core_does_not_import_the_extras():
+    code = "import sys, backsketch; print(*{m.partition('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"typer", "rich", "datasets", "accelerate", "sklearn"} & set(done.stdout.split())
+
+
+def test_help_lists_the_contract():
+    done = CliRunner().invoke(cli.make_app(), ["train", "--help"], terminal_width=120)
+    assert done.exit_code == 0
+    for option in ("--model", "--data", "--sketch", "--epochs", "--batch-size", "--lr", "--seed"):
+        assert option in done.output
+    for option in ("--device", "--out", "--resume", "--compare"):
+        assert option in done.output
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("vit", ["--dim", "32", "--depth", "2"]), ("bagnet", ["--width", "8"])],
+)
+def test_image_models_learn_a_folder_of_pictures(tmp_path, model, options):
+    """Two classes of noise, reddish and bluish: what any model that trains must tell apart."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 64), ("test", 32)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (folder := tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 200, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 50
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    done = invoke(
+        *("--model", model, "--data", "pictures", "--epochs", "6", "--batch-size", "32"),
+        *("--sketch", "rows:keep=0.5", "--device", "cpu", "--out", "o", *options),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(Path("o/result.json").read_text())
+    assert result["test_accuracy"] > 0.9
+    assert 0 < result["backward_flops_ratio"] < 0.7
