@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Threads that wait for work by spinning slow each other down where cores are shared.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt

@@ -44,10 +44,12 @@ def test_water_filling_is_feasible_and_satisfies_the_optimality_conditions(case)
 
 @given(scores_and_k())
 @settings(max_examples=200, deadline=None)
-def test_the_level_found_on_the_host_is_the_one_found_by_sorting(case):
+def test_the_level_found_by_passes_is_the_one_found_by_sorting(case):
     scores, k = case
-    host = sampling._level_on_host(scores.double(), k)
-    assert float(host) == pytest.approx(float(sampling._level_by_sorting(scores.double(), k)), rel=1e-9)
+    passes = sampling._level_by_passes(scores.double(), k)
+    assert float(passes) == pytest.approx(
+        float(sampling._level_by_sorting(scores.double(), k)), rel=1e-9
+    )
 
 
 def test_the_probabilities_do_not_depend_on_the_scale_or_the_spread_of_scores():

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _MASK64 = (1 << 64) - 1
+_SORT_UP_TO = 1024  # on the CPU; above, linear passes that look at their result are faster
 
 
 class Sample(NamedTuple):
@@ -161,7 +162,8 @@ def inclusion_probabilities(scores: Tensor, k: int, floor: float = 0.0) -> Tenso
     if not on_host or not math.isfinite(float(s.sum())):
         bad = ~torch.isfinite(s)
         s = torch.where(bad.any(), bad.to(s.dtype), s)
-    lam = _level_on_host(s, k) if on_host else _level_by_sorting(s, k)
+    by_passes = on_host and n > _SORT_UP_TO
+    lam = _level_by_passes(s, k) if by_passes else _level_by_sorting(s, k)
     pi = (s / lam).clamp(max=1.0)
     if not on_host or lam == 0:
         positive = s > 0
@@ -182,8 +184,8 @@ def _level_by_sorting(s: Tensor, k: int) -> Tensor:
     return tail[last] / free[last]
 
 
-def _level_on_host(s: Tensor, k: int) -> Tensor:
-    """The same level by raising the number of sure rows until it is stable: a few linear passes.
+def _level_by_passes(s: Tensor, k: int) -> Tensor:
+    """The same level by raising the number of sure rows until it is stable: some ten linear passes.
 
     The level only falls, so the sure rows only grow, and there are fewer than k of them.
     """

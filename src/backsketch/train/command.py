@@ -17,7 +17,13 @@ from backsketch.train.interrupt import Interrupted
 # Asking for nothing but these still means the demonstration, which compares. It is small, and threads
 # that wait for each other on a busy machine would decide its timing, so it has one.
 NEUTRAL = frozenset({"device", "seed", "threads"})
-DEMONSTRATION = {"compare": True, "threads": 1}
+# Large enough for the backward products to outweigh the draws: smaller layers gain nothing.
+DEMONSTRATION = {
+    "compare": True,
+    "threads": 1,
+    "batch_size": 256,
+    "model_options": {"widths": [1024, 1024, 1024]},
+}
 MODEL_OPTIONS = ("dim", "depth", "patch", "heads", "widths", "receptive_field", "width")
 
 
