@@ -15,6 +15,7 @@ def make_app() -> typer.Typer:
     """The application with all its commands."""
     import typer
 
+    from backsketch.planning.bench_command import bench_command
     from backsketch.train.command import train_command
 
     app = typer.Typer(
@@ -26,6 +27,7 @@ def make_app() -> typer.Typer:
     )
     app.callback()(_commands)
     app.command("train")(train_command)
+    app.command("bench")(bench_command)
     return app
 
 

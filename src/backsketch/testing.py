@@ -26,6 +26,8 @@ __all__ = ["Moments", "UnbiasedReport", "check_unbiased", "gradient_moments"]
 _LEVEL = 1e-6
 _NUM_DIRECTIONS = 8
 _FEW = 40.0
+_RELATIVE_ROUNDING = 1e-5
+_ROUNDING_OF_OTHERS = 1e-7
 
 Draw = Callable[[], dict[str, Tensor]]
 
@@ -36,6 +38,8 @@ class Moments:
 
     exact: Tensor
     draws: int = 0
+    rounding: float = 0.0
+    """Deviation of an entry that is rounding, not bias: both gradients are sums in finite precision."""
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
     fourth: Tensor = field(init=False)
@@ -45,6 +49,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         self.exact = self.exact.detach().double()
+        self.rounding = max(self.rounding, _RELATIVE_ROUNDING * _largest(self.exact) + 1e-12)
         self.first, self.second, self.fourth = (torch.zeros_like(self.exact) for _ in range(3))
         generator = torch.Generator().manual_seed(0)
         shape = (_NUM_DIRECTIONS, self.exact.numel())
@@ -156,7 +161,13 @@ def gradient_moments(
         sketched, precise = _module_draws(module_or_estimator, inputs, reference, seed)
     else:
         sketched, precise = _estimator_draws(module_or_estimator, inputs, seed)
-    moments = {name: Moments(gradient) for name, gradient in precise().items()}
+    exact_gradients = precise()
+    # Gradients that vanish by symmetry (of the keys' bias under softmax) are rounding and nothing else.
+    scale = max((_largest(g) for g in exact_gradients.values()), default=0.0)
+    moments = {
+        name: Moments(gradient, rounding=_ROUNDING_OF_OTHERS * scale)
+        for name, gradient in exact_gradients.items()
+    }
     for _ in range(draws):
         for name, gradient in sketched().items():
             moments[name].add(gradient)
@@ -269,9 +280,8 @@ def _frozen(model: nn.Module, seed: int) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------
 
 
-def _rounding(m: Moments) -> float:
-    """Deviation that is rounding, not bias: both gradients are sums in finite precision."""
-    return 1e-5 * float(m.exact.abs().max()) + 1e-12 if m.exact.numel() else 0.0
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
 def _standard_error(m: Moments) -> Tensor:
@@ -292,7 +302,7 @@ def _allowance(m: Moments, threshold: float) -> Tensor:
 
 
 def _z(m: Moments) -> Tensor:
-    deviation = (m.first / m.draws).abs() - _rounding(m)
+    deviation = (m.first / m.draws).abs() - m.rounding
     return deviation.clamp(min=0) / _standard_error(m).clamp(min=1e-300)
 
 
@@ -300,7 +310,7 @@ def _check_entries(name: str, m: Moments, threshold: float) -> None:
     if not m.exact.numel():
         return
     deviation = (m.first / m.draws).abs()
-    bound = threshold * _standard_error(m) + _allowance(m, threshold) + _rounding(m)
+    bound = threshold * _standard_error(m) + _allowance(m, threshold) + m.rounding
     excess = (deviation - bound).flatten()
     if bool((excess <= 0).all()):
         return
@@ -318,7 +328,7 @@ def _check_entries(name: str, m: Moments, threshold: float) -> None:
 def _check_directions(name: str, m: Moments, threshold: float) -> None:
     along = torch.stack(m.along)
     mean, error = along.mean(0), along.std(0) / math.sqrt(m.draws)
-    scale = m.directions.abs().sum(1) * _rounding(m)
+    scale = m.directions.abs().sum(1) * m.rounding
     # Directions have no rare events of their own, but inherit those of the entries.
     heavy = along.square().sum(0).square() / along.pow(4).sum(0).clamp(min=1e-300) < _FEW
     rare = torch.where(heavy, threshold**2 * along.abs().amax(0) / m.draws, 0.0)

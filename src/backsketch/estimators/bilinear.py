@@ -106,7 +106,8 @@ def scaled(tensor: Tensor, dim: int, indices: Tensor, weights: Tensor) -> Tensor
     """The chosen slices of ``tensor`` along ``dim``, each multiplied by its weight."""
     shape = [1] * tensor.ndim
     shape[dim] = -1
-    return tensor.index_select(dim, indices) * weights.to(tensor.dtype).view(shape)
+    # In place on the fresh copy: one allocation less.
+    return tensor.index_select(dim, indices).mul_(weights.to(tensor.dtype).view(shape))
 
 
 def spread(part: Tensor, indices: Tensor, n: int) -> Tensor:

@@ -8,11 +8,10 @@ their symbols tell which tensors have rows.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -148,7 +147,6 @@ class Runner:
         self.capture = capture
         self.call = torch.compile(fresh, backend=capture, fullgraph=True)
 
-
     @property
     def full(self) -> bool:
         """Whether Dynamo would give up on one more graph."""
@@ -180,7 +178,7 @@ def run(
     """The region's forward pass: exact, and captured for a sketched backward pass if it can be."""
     assert state.spec is not None
     row_dims = state.spec.row_dims
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = _tensors(args, kwargs)
     lead = tuple(tensors[0].shape[:row_dims]) if tensors else ()
     if len(lead) < row_dims:
         state.refuse(f"its first tensor argument does not have {row_dims} dimensions of rows")
@@ -190,13 +188,12 @@ def run(
     runner = state.runner = state.runner or _runner(module, forward, state, compiler)
     rowed = [t for t in tensors if _has_rows(t, lead)]
     try:
-        with _entered(state, lead, (args, kwargs)), _dynamic(rowed, row_dims):
-            if _is_new(state, tensors, row_dims):
-                with warnings.catch_warnings():
-                    # Dynamo looks for .grad on every tensor it meets, non-leaf ones included.
-                    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-                    return runner.call(module, args, kwargs)
-            return runner.call(module, args, kwargs)
+        if not _is_new(state, tensors, row_dims):
+            return _called(runner, state, module, lead, rowed, args, kwargs)
+        with warnings.catch_warnings():
+            # Dynamo looks for .grad on every tensor it meets, non-leaf ones included.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+            return _called(runner, state, module, lead, rowed, args, kwargs)
     except FailOnRecompileLimitHit:
         state.exhausted.append(runner)
         state.runner = None
@@ -225,28 +222,39 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
-@contextlib.contextmanager
-def _entered(state: RegionState, lead: tuple[int, ...], inputs: Any) -> Iterator[None]:
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    if not kwargs and all(isinstance(a, Tensor) for a in args):
+        return list(args)
+    return [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+
+
+def _called(
+    runner: Runner,
+    state: RegionState,
+    module: Any,
+    lead: tuple[int, ...],
+    rowed: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run the compiled call with its region on record and its leading dimensions marked dynamic.
+
+    No mark stays on the user's tensors. (Plain statements: context managers cost microseconds.)
+    """
     before = CURRENT.state, CURRENT.lead, CURRENT.inputs
-    CURRENT.state, CURRENT.lead, CURRENT.inputs = state, lead, inputs
+    marks = [dict(t.__dict__) for t in rowed]
+    CURRENT.state, CURRENT.lead, CURRENT.inputs = state, lead, (args, kwargs)
     CURRENT.depth += 1
     try:
-        yield
+        for t in rowed:
+            torch._dynamo.maybe_mark_dynamic(t, _AXES[len(lead)])
+        return runner.call(module, args, kwargs)
     finally:
         CURRENT.state, CURRENT.lead, CURRENT.inputs = before
         CURRENT.depth -= 1
-
-
-@contextlib.contextmanager
-def _dynamic(tensors: Sequence[Tensor], row_dims: int) -> Iterator[None]:
-    """Mark the leading dimensions dynamic while Dynamo looks at them, and leave no mark behind."""
-    before = [dict(t.__dict__) for t in tensors]
-    for t in tensors:
-        for axis in range(row_dims):
-            torch._dynamo.maybe_mark_dynamic(t, axis)
-    try:
-        yield
-    finally:
-        for t, attributes in zip(tensors, before):
+        for t, attributes in zip(rowed, marks):
             t.__dict__.clear()
             t.__dict__.update(attributes)
+
+
+_AXES = ((), (0,), (0, 1))

@@ -22,17 +22,24 @@ class RegionModule(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if CURRENT.depth or self._backsketch.keep >= 1 or not self._active():
             return super().forward(*args, **kwargs)
-        return _call(self, args, kwargs, torch.compiler.is_compiling())
+        if torch.compiler.is_compiling():
+            return _call_from_compiled(self, args, kwargs)
+        return _call(self, args, kwargs, "plain")
 
 
 @torch.compiler.disable
-def _call(module: Any, args: Any, kwargs: Any, compiled: bool) -> Any:
+def _call_from_compiled(module: Any, args: Any, kwargs: Any) -> Any:
+    """A graph break: the region's own graphs are compiled apart."""
+    return _call(module, args, kwargs, "inductor")
+
+
+def _call(module: Any, args: Any, kwargs: Any, compiler: str) -> Any:
     state = state_of(module)
     state.spec = module._backsketch
     forward = module._original_class.forward
     if state.refused:
         return forward(module, *args, **kwargs)
-    return capture.run(module, forward, state, args, kwargs, "inductor" if compiled else "plain")
+    return capture.run(module, forward, state, args, kwargs, compiler)
 
 
 class MaskedModule(Swapped):

@@ -83,8 +83,15 @@ def expr(size: Any) -> sympy.Expr:
 
 
 def is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+    """Whether running the node again gives other values; attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "dropout_p" not in names:
+        return True
+    i = names.index("dropout_p")
+    p: Any = node.args[i] if len(node.args) > i else node.kwargs.get("dropout_p", 0.0)
+    return bool(p != 0)
 
 
 def shape_of(node: fx.Node) -> Sequence[Any]:

@@ -1,0 +1,1 @@
+"""Planning: profiles, plans, controllers, and benchmarks."""

@@ -1,0 +1,109 @@
+"""Two processes, data parallel: gradients agree after the sum, noise does not, the mean is right."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import backsketch as bs
+
+DRAWS = 300
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def batch(rank: int) -> torch.Tensor:
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(10 + rank))
+
+
+def gradients(called: nn.Module, owner: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    owner.zero_grad(set_to_none=True)
+    called(x).square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in owner.parameters()]).clone()
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    try:
+        own = model()
+        wrapped = nn.parallel.DistributedDataParallel(own)
+        report = bs.sketch_(wrapped, {"0": bs.Rows(keep=0.5), "2": bs.StoredRows(keep=0.5)})
+        bs.seed(0)
+        result = {
+            "sites": [site.name for site in report.sketched],
+            "seeds": [int(bs.sampling.next_seed(torch.zeros(1))) for _ in range(20)],
+            "same data": torch.stack([gradients(own, own, batch(0)) for _ in range(5)]),
+            "synchronised": torch.stack(
+                [gradients(wrapped, own, batch(rank)) for _ in range(DRAWS)]
+            ),
+        }
+        with bs.exact(wrapped):
+            result["exact"] = gradients(wrapped, own, batch(rank))
+        with wrapped.no_sync():
+            result["not synchronised"] = gradients(wrapped, own, batch(rank))
+        bs.restore_(wrapped)
+        result["types"] = [type(m).__name__ for m in own]
+        result["restored"] = gradients(wrapped, own, batch(rank))
+        torch.save(result, os.path.join(folder, f"{rank}.pt"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, object]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_the_wrapped_model_is_sketched_under_its_own_names_and_restored(ranks):
+    for rank in ranks:
+        assert rank["sites"] == ["0", "2"]
+        assert rank["types"] == ["Linear", "Tanh", "Linear"]
+
+
+def test_after_the_sum_all_ranks_have_the_same_gradients(ranks):
+    assert torch.equal(ranks[0]["synchronised"], ranks[1]["synchronised"])
+    assert torch.equal(ranks[0]["restored"], ranks[1]["restored"])
+    assert not torch.equal(ranks[0]["not synchronised"], ranks[1]["not synchronised"])
+
+
+def test_ranks_do_not_share_noise(ranks):
+    assert not set(ranks[0]["seeds"]) & set(ranks[1]["seeds"])
+    a, b = ranks[0]["same data"], ranks[1]["same data"]  # one model, one batch, one base seed
+    assert not any(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def check_mean(draws: torch.Tensor, exact: torch.Tensor) -> None:
+    error = draws.double().std(0) / len(draws) ** 0.5
+    deviation = (draws.double().mean(0) - exact).abs()
+    assert bool((deviation < 5 * error + 1e-6).all()), "the mean is biased"
+
+
+def test_the_synchronised_gradient_is_finite_and_unbiased(ranks):
+    draws = ranks[0]["synchronised"]
+    assert bool(draws.isfinite().all())
+    assert torch.equal(ranks[0]["exact"], ranks[1]["exact"])
+    check_mean(draws, ranks[0]["exact"])
+    torch.testing.assert_close(ranks[0]["restored"], ranks[0]["exact"])
+
+
+def test_the_exact_gradient_agrees_with_one_process_on_the_whole_batch(ranks):
+    whole = torch.cat([batch(0), batch(1)])
+    own = model()
+    torch.testing.assert_close(gradients(own, own, whole), ranks[0]["exact"])
+
+
+def test_a_mean_that_is_off_by_a_fifth_is_noticed(ranks):
+    with pytest.raises(AssertionError, match="is biased"):
+        check_mean(ranks[0]["synchronised"] * 1.2, ranks[0]["exact"])

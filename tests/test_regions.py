@@ -1,0 +1,481 @@
+"""What a region promises besides unbiasedness: hazards of real training loops, one by one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import backsketch as bs
+from backsketch import sampling
+from backsketch.nn.swap import unswap_
+from backsketch.regions import Mask, Region, state_of
+from backsketch.regions import rows as row_ops
+from backsketch.regions.state import CURRENT
+from region_models import Attention, Block, Feedforward, ViT, make_region, mlp
+
+MODES = ["save", "recompute"]
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    return dict(zip(names, torch.autograd.grad(loss, params)))
+
+
+def warm(model: nn.Module, *inputs: Tensor) -> None:
+    """Let the guards pass: the first backward pass is exact."""
+    model(*inputs).square().sum().backward()
+    model.zero_grad()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, sampling.Sample]]:
+    """Every (scores, sample) that regions draw."""
+    seen: list[tuple[Tensor, sampling.Sample]] = []
+    original = row_ops.draw
+
+    def draw(scores: Tensor, k: int, anchor: Tensor) -> sampling.Sample:
+        seen.append((scores, original(scores, k, anchor)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(row_ops, "draw", draw)
+    return seen
+
+
+# --- configuration ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, float("nan"), True, "half"])
+@pytest.mark.parametrize("kind", [Region, Mask])
+def test_keep_is_checked(kind: type, keep: object) -> None:
+    with pytest.raises(ValueError, match="keep"):
+        kind(keep)
+
+
+def test_other_fields_are_checked() -> None:
+    with pytest.raises(ValueError, match="row_dims"):
+        Region(0.5, row_dims=3)
+    with pytest.raises(ValueError, match="mode"):
+        Region(0.5, mode="save it")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sketch", [Region(0.5, 2, "recompute"), Region(0.25), Mask(0.5, 2)])
+def test_text_round_trip(sketch: bs.Estimator) -> None:
+    assert bs.parse(str(sketch)) == sketch
+
+
+# --- the forward pass -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_forward_is_bit_identical(mode: str, dropout: float) -> None:
+    model, x = ViT(16, dropout=dropout), torch.randn(6, 1, 8, 8)
+    torch.manual_seed(1)
+    expected = model(x)
+    make_region(model, {"": Region(0.5, mode=mode)})
+    torch.manual_seed(1)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "exact", "keep 1"])
+def test_inactive_is_the_module_itself(how: str) -> None:
+    model, x = Block(8, 2), torch.randn(4, 3, 8)
+    expected = gradients(model, model(x).square().sum())
+    make_region(model, {"": Region(1.0 if how == "keep 1" else 0.5)})
+    model.train(how != "eval")
+    if how == "no_grad":
+        with torch.no_grad():
+            model(x)
+    elif how == "exact":
+        with bs.exact(model):
+            actual = gradients(model, model(x).square().sum())
+    else:
+        actual = gradients(model, model(x).square().sum())
+    assert state_of(model).status == "pending"
+    if how != "no_grad":
+        assert all(torch.equal(actual[n], g) for n, g in expected.items())
+
+
+def test_restored_bit_for_bit() -> None:
+    model, x = Block(8, 2), torch.randn(4, 3, 8)
+    expected, kind = gradients(model, model(x).square().sum()), type(model)
+    make_region(model, {"": Region(0.5)})
+    warm(model, x)
+    unswap_(model)
+    assert type(model) is kind
+    actual = gradients(model, model(x).square().sum())
+    assert all(torch.equal(actual[n], g) for n, g in expected.items())
+
+
+# --- the backward pass ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kept_rows_are_what_a_smaller_batch_would_give(
+    mode: str, drawn: list[tuple[Tensor, sampling.Sample]]
+) -> None:
+    """The slow twin: run the drawn rows alone, with their cotangents divided by pi."""
+    model, x = Block(8, 2), torch.randn(10, 3, 8, requires_grad=True)
+    twin = copy.deepcopy(model)
+    make_region(model, {"": Region(0.4, mode=mode)})
+    warm(model, x)
+    x.grad = None
+    cotangent = torch.randn(10, 3, 8)
+    model(x).backward(cotangent)
+    (_, sample) = drawn[-1]
+    assert sample.indices.numel() == 4
+    z = x.detach()[sample.indices].requires_grad_()
+    twin(z).backward(cotangent[sample.indices] * sample.weights.view(-1, 1, 1))
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    expected = torch.zeros(10, 3, 8).index_copy(0, sample.indices, z.grad)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropout_masks_replay_for_the_kept_rows(
+    mode: str, drawn: list[tuple[Tensor, sampling.Sample]]
+) -> None:
+    model, x = Feedforward(8, 0.5), torch.randn(4, 5, 8, requires_grad=True)
+    twin = copy.deepcopy(model)
+    make_region(model, {"": Region(0.3, 2, mode)})
+    warm(model, x)
+    cotangent = torch.randn(4, 5, 8)
+    torch.manual_seed(7)
+    (g,) = torch.autograd.grad(model(x), x, cotangent)
+    torch.manual_seed(7)
+    (full,) = torch.autograd.grad(twin(x), x, cotangent)
+    _, sample = drawn[-1]
+    kept = full.view(20, 8)[sample.indices] * sample.weights[:, None]
+    torch.testing.assert_close(g.view(20, 8)[sample.indices], kept, rtol=1e-4, atol=1e-5)
+
+
+def test_the_users_random_stream_is_untouched() -> None:
+    model, x = Block(8, 2, 0.2), torch.randn(4, 3, 8)
+    model(x).sum().backward()
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    model, x = Block(8, 2, 0.2), torch.randn(4, 3, 8)
+    make_region(model, {"": Region(0.5, mode="recompute")})
+    model(x).sum().backward()
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_zero_rows_are_never_drawn(drawn: list[tuple[Tensor, sampling.Sample]]) -> None:
+    model, x = Block(8, 2), torch.randn(12, 3, 8)
+    make_region(model, {"": Region(0.5)})
+    warm(model, x)
+    cotangent = torch.randn(12, 3, 8)
+    cotangent[::3] = 0
+    model(x).backward(cotangent)
+    scores, sample = drawn[-1]
+    assert sample.indices.numel() == 4  # half of the eight live rows
+    assert (scores[sample.indices] > 0).all()
+
+
+def test_masks_shrink_the_regions_below(drawn: list[tuple[Tensor, sampling.Sample]]) -> None:
+    model, x = ViT(), torch.randn(16, 1, 8, 8)
+    rules = {"": Mask(0.5), "blocks.0": Region(0.5), "blocks.1.mlp": Region(0.999)}
+    make_region(model, rules)
+    for _ in range(3):
+        model(x).square().sum().backward()
+    sizes = [sample.indices.numel() for _, sample in drawn[-2:]]
+    assert sizes == [8, 4]
+    assert all((scores > 0).sum() == 8 for scores, _ in drawn[-2:])
+
+
+def test_masked_rows() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Identity()), torch.randn(10, 3, requires_grad=True)
+    make_region(model, {"1": Mask(0.3)})
+    seen: list[Tensor] = []
+    model[0].register_full_backward_hook(lambda m, gi, go: seen.append(go[0]))
+    y = model(x)
+    assert torch.equal(y, model[0](x))
+    cotangent = torch.randn(10, 4)
+    y.backward(cotangent)
+    alive = seen[0].norm(dim=1) > 0
+    assert int(alive.sum()) == 3
+    ratio = seen[0][alive] / cotangent[alive]
+    assert (ratio >= 1).all()
+    assert torch.allclose(ratio.amin(1), ratio.amax(1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_zero_cotangent(mode: str) -> None:
+    model, x = Block(8, 2), torch.randn(6, 3, 8)
+    make_region(model, {"": Region(0.5, mode=mode)})
+    for _ in range(2):  # before and after the first informative batch
+        (model(x) * 0).sum().backward()
+        assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+        model.zero_grad()
+        warm(model, x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_cotangents_reach_the_gradients(value: float) -> None:
+    model, x = Block(8, 2), torch.randn(10, 3, 8)
+    make_region(model, {"": Region(0.2)})
+    for _ in range(2):
+        cotangent = torch.randn(10, 3, 8)
+        cotangent[6, 1, 2] = value
+        model(x).backward(cotangent)
+        assert not torch.isfinite(model.mlp.up.weight.grad).all()
+        model.zero_grad()
+        warm(model, x)
+
+
+# --- loops ------------------------------------------------------------------------------------------
+
+
+def test_retain_graph_draws_again() -> None:
+    model, x = Block(8, 2), torch.randn(10, 3, 8)
+    make_region(model, {"": Region(0.3)})
+    warm(model, x)
+    loss = model(x).square().sum()
+    params = list(model.parameters())
+    first = torch.autograd.grad(loss, params, retain_graph=True)
+    second = torch.autograd.grad(loss, params)
+    assert not torch.equal(first[2], second[2])
+
+
+def test_double_backward_is_a_clear_error() -> None:
+    model, x = Block(8, 2), torch.randn(10, 3, 8, requires_grad=True)
+    make_region(model, {"": Region(0.3)})
+    warm(model, x)
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        g.square().sum().backward()
+
+
+def test_mask_double_backward_is_a_clear_error() -> None:
+    model, x = mlp(4, 4, 4), torch.randn(6, 4, requires_grad=True)
+    make_region(model, {"": Mask(0.5)})
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.square().sum().backward()
+
+
+def test_gradients_accumulate() -> None:
+    model, x = Block(8, 2), torch.randn(10, 3, 8)
+    make_region(model, {"": Region(0.3)})
+    warm(model, x)
+    before = sampling.get_rng_state()
+    parts = [gradients(model, model(x).square().sum()) for _ in range(2)]
+    sampling.set_rng_state(before)
+    for _ in range(2):
+        model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, parts[0][name] + parts[1][name])
+
+
+@pytest.mark.parametrize("row_dims", [1, 2])
+def test_batch_size_may_vary_without_recompiling(row_dims: int) -> None:
+    model = Feedforward(8)
+    states = make_region(model, {"": Region(0.5, row_dims)})
+    warm(model, torch.randn(8, 5, 8))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (8, 5, 2, 11):
+            model(torch.randn(n, 5, 8)).square().sum().backward()
+        if row_dims == 2:
+            model(torch.randn(3, 7, 8)).square().sum().backward()
+    assert states[""].status == "active"
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 8), (0, 5, 8), (5, 1, 8), (1, 1, 8)])
+@pytest.mark.parametrize("row_dims", [1, 2])
+def test_extreme_batches(row_dims: int, shape: tuple[int, ...]) -> None:
+    model = Feedforward(8)
+    make_region(model, {"": Region(0.5, row_dims)})
+    for _ in range(3):
+        x = torch.randn(shape, requires_grad=True)
+        model(x).square().sum().backward()
+        assert x.grad.shape == shape
+        assert model.up.weight.grad.shape == (16, 8)
+    warm(model, torch.randn(4, 5, 8))
+    model(torch.randn(shape)).square().sum().backward()
+
+
+def test_frozen_parameters() -> None:
+    model, x = Block(8, 2), torch.randn(6, 3, 8)
+    model.attn.requires_grad_(False)
+    states = make_region(model, {"": Region(0.5)})
+    for _ in range(2):
+        model(x).square().sum().backward()
+    assert states[""].status == "active"
+    assert model.attn.qkv.weight.grad is None
+    assert model.mlp.up.weight.grad is not None
+
+
+def test_parameter_hooks_see_the_gradients() -> None:
+    model, x = mlp(4, 8, 2), torch.randn(10, 4)
+    make_region(model, {"": Region(0.5)})
+    warm(model, x)
+    seen: list[Tensor] = []
+    model[0].weight.register_hook(seen.append)
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    model(x).square().sum().backward()
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
+def test_regions_of_one_class_share_a_graph_and_keep_their_own_budget(
+    drawn: list[tuple[Tensor, sampling.Sample]],
+) -> None:
+    class Own(Feedforward):
+        """No other test has captured it."""
+
+    model, x = nn.Sequential(Own(8), Own(8), Own(8)), torch.randn(10, 4, 8)
+    keeps = [0.2, 0.5, 0.8]
+    states = make_region(model, {str(i): Region(k) for i, k in enumerate(keeps)})
+    warm(model, x)
+    assert len({id(s.runner) for s in states.values()}) == 1
+    model(x).square().sum().backward()
+    # Without a residual path the dropped rows stay zero: each region shrinks those before it.
+    assert [s.indices.numel() for _, s in drawn[-3:]] == [8, 4, 1]
+
+
+def test_budget_may_change_without_recompiling(
+    drawn: list[tuple[Tensor, sampling.Sample]],
+) -> None:
+    model, x = Block(8, 2), torch.randn(10, 3, 8)
+    make_region(model, {"": Region(0.5)})
+    warm(model, x)
+    model._backsketch = Region(0.2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        model(x).square().sum().backward()
+    assert drawn[-1][1].indices.numel() == 2
+
+
+def test_a_region_used_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))
+
+    model = Twice()
+    make_region(model, {"block": Region(0.5)})
+    bs.testing.check_unbiased(model, torch.randn(6, 3, 8), draws=300)
+
+
+def test_copies_and_pickles() -> None:
+    model, x = Block(8, 2), torch.randn(8, 3, 8)
+    make_region(model, {"": Region(0.5)})
+    warm(model, x)
+    keys = list(model.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(other, Block)
+        assert list(other.state_dict()) == keys
+        warm(other, x)
+        assert state_of(other).status == "active"
+        assert state_of(other) is not state_of(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+
+
+def test_nested_arguments_and_outputs() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(
+            self, inputs: dict[str, Tensor], scale: float, *, extra: tuple[Tensor, Tensor]
+        ) -> dict[str, object]:
+            h = self.a(inputs["x"]) * scale + inputs["table"]
+            return {"h": h, "more": [h * extra[0], extra[1].sum() * 2.0], "n": 3}
+
+    model = Nested()
+    states = make_region(model, {"": Region(0.5)})
+    x, table = torch.randn(8, 4), torch.randn(4)
+    for _ in range(2):
+        out = model({"x": x, "table": table}, 2.0, extra=(torch.randn(8, 1), torch.randn(3)))
+        (out["h"].sum() + out["more"][0].square().sum()).backward()
+    assert out["n"] == 3
+    # An output without rows ends the proof, whatever it is used for.
+    assert states[""].status == "exact"
+    assert "output has no rows" in states[""].reason
+
+
+def test_a_shared_table_with_as_many_rows_as_the_batch() -> None:
+    """A position table of length t = b looks like rows, until the graph shows that it is not."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(8, 2)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.block(x + table)
+
+    model = Table()
+    states = make_region(model, {"": Region(0.5)})
+    bs.testing.check_unbiased(model, torch.randn(5, 5, 8), torch.randn(5, 8), draws=300)
+    model(torch.randn(5, 5, 8), torch.randn(5, 8)).square().sum().backward()
+    assert states[""].status == "active"
+
+
+def test_rows_of_zero_weight_cost_no_gradient_buffers() -> None:
+    """Gradients of inputs keep the input's shape, with zeros in the rows that were dropped."""
+    model, x = Attention(8, 2), torch.randn(10, 3, 8, requires_grad=True)
+    make_region(model, {"": Region(0.3)})
+    warm(model, x)
+    x.grad = None
+    model(x).square().sum().backward()
+    assert int((x.grad.flatten(1).norm(dim=1) > 0).sum()) == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_bytes(mode: str) -> None:
+    """Recompute mode saves the input only; save mode no more than the exact module."""
+    model, x = Feedforward(64), torch.randn(32, 16, 64, requires_grad=True)
+
+    def saved() -> int:
+        storages: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(x)
+        params = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        del y
+        return sum(n for p, n in storages.items() if p not in params)
+
+    exact = saved()
+    make_region(model, {"": Region(0.5, mode=mode)})
+    warm(model, x)
+    x.grad = None
+    sketched = saved()
+    if mode == "recompute":
+        assert sketched <= x.numel() * 4 + 64
+    else:
+        assert sketched <= exact + 64
+
+
+def test_states_do_not_leak_out_of_a_failing_forward() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("the user's own error")
+
+    model = Fails()
+    make_region(model, {"": Region(0.5)})
+    with pytest.raises(KeyError, match="own error"):
+        model(torch.randn(4, 3))
+    assert CURRENT.state is None
+    assert CURRENT.depth == 0
+
+
+def test_no_mark_stays_on_the_users_tensors() -> None:
+    model, x = mlp(4, 4), torch.randn(6, 4)
+    make_region(model, {"": Region(0.5)})
+    warm(model, x)
+    assert not x.__dict__

@@ -1,0 +1,273 @@
+"""Rows that interact: refused with a reason, or run exactly and reported; never silently biased."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import backsketch as bs
+from backsketch.regions import Mask, Region, attach, refusal
+from backsketch.regions.state import RegionState
+from region_models import (
+    CNN,
+    Attention,
+    Block,
+    TwoTowers,
+    WindowAttention,
+    Windows,
+    make_region,
+    mlp,
+)
+
+
+def run(model: nn.Module, *inputs: Tensor, sketch: Region | None = None) -> RegionState:
+    """Three training steps under a region; checks that every gradient was exact."""
+    twin = [p.detach().clone() for p in model.parameters()]
+    state = attach(model, sketch or Region(0.5), "net")
+    assert state is not None
+    for _ in range(3):
+        sketched = _gradients(model, inputs)
+        with bs.exact(model):
+            exact = _gradients(model, inputs)
+        for a, b in zip(sketched, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin))
+    return state
+
+
+def _gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    torch.manual_seed(3)
+    y = model(*inputs)
+    loss = sum((t * torch.randn(t.shape)).sum() for t in (y if isinstance(y, tuple) else (y,)))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [g for g in found if g is not None]
+
+
+class Lambda(nn.Module):
+    def __init__(self, function, *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.w = nn.Parameter(torch.randn(shape or (4,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w)
+
+
+# --- known without running --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)])
+def test_batch_norm_is_refused_by_name(norm: nn.Module) -> None:
+    model = CNN(norm)
+    reason = refusal(model, Region(0.5))
+    assert reason is not None
+    assert "'norm' (BatchNorm2d)" in reason
+    assert "GroupNorm" in reason
+    with pytest.raises(ValueError, match=r"backbone: 'norm' \(BatchNorm2d\)"):
+        attach(model, Region(0.5), "backbone")
+
+
+def test_batch_norm_in_eval_mode_is_a_region() -> None:
+    model = CNN(nn.BatchNorm2d(4))
+    model.norm.eval()
+    make_region(model, {"": Region(0.5)})
+    report = bs.testing.check_unbiased(model, torch.randn(6, 2, 8, 8), draws=200)
+    assert max(report.relative_variance.values()) > 0.05
+
+
+def test_batch_norm_put_in_training_mode_later_runs_exactly() -> None:
+    model = CNN(nn.BatchNorm2d(4).eval())
+    state = attach(model, Region(0.5))
+    x = torch.randn(6, 2, 8, 8)
+    for _ in range(2):
+        model(x).square().sum().backward()
+    assert state is not None
+    assert state.status == "active"
+    model.norm.train()
+    expected = model.norm.running_mean.clone()
+    model(x).square().sum().backward()
+    assert state.status == "exact"
+    assert "rows" in str(state.reason)
+    assert not torch.equal(model.norm.running_mean, expected)
+
+
+def test_a_loss_module_is_refused() -> None:
+    reason = refusal(nn.Sequential(nn.Linear(2, 2), nn.MSELoss()), Region(0.5))
+    assert reason is not None
+    assert "'1' (MSELoss)" in reason
+    assert refusal(nn.MSELoss(reduction="none"), Region(0.5)) is None
+    assert refusal(nn.MSELoss(), Mask(0.5)) is None
+
+
+# --- seen in the captured graph ---------------------------------------------------------------------
+
+COUPLED = {
+    "centred over the batch": (lambda x, w: x * w - x.mean(0), "reduces over the rows"),
+    "softmax over the batch": (lambda x, w: (x * w).softmax(0), "acts along the rows"),
+    "cumulative over the batch": (lambda x, w: (x * w).cumsum(0), "acts along the rows"),
+    "rolled rows": (lambda x, w: (x * w).roll(1, 0), "acts along the rows"),
+    "gram matrix": (lambda x, w: (x * w) @ x.t(), "multiplies rows with other rows"),
+    "attention across samples": (
+        lambda x, w: (x @ (x * w).t()).softmax(1) @ x,
+        "multiplies rows with other rows",
+    ),
+    "reshape that mixes rows": (
+        lambda x, w: ((x * w).t().reshape(x.shape[0], 4) * w).sin(),
+        "mixes rows",
+    ),
+    "loss inside": (lambda x, w: (x * w).square().mean(), "reduces over the rows"),
+    "cross entropy inside": (
+        lambda x, w: F.cross_entropy(x * w, x.argmax(1)),
+        "reduced over the rows",
+    ),
+    "divided by the batch size": (lambda x, w: x * w / x.shape[0], "number of rows as a value"),
+    "indexed by row number": (
+        lambda x, w: x * w * torch.arange(x.shape[0])[:, None],
+        "'arange'",
+    ),
+    "first row as reference": (lambda x, w: x * w - x[0], "acts along the rows"),
+    "neighbouring rows": (
+        lambda x, w: (x * w)[:, None].view(-1, 2, 4).mean(1).repeat_interleave(2, 0),
+        "rows",
+    ),
+    "sorted rows": (lambda x, w: (x * w)[x[:, 0].argsort()], "acts along the rows"),
+    "row count times": (
+        lambda x, w: x * w * torch.full((4,), float(x.shape[0])),
+        "number of rows",
+    ),
+    "statistic as an output": (
+        lambda x, w: (x * w, w.square().sum() + x.detach()[:, 0].numel() * 0),
+        "rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COUPLED)
+def test_coupled_rows_run_exactly_with_the_reason(case: str) -> None:
+    function, reason = COUPLED[case]
+    state = run(Lambda(function), torch.randn(6, 4))
+    assert state.status == "exact"
+    assert reason in str(state.reason), state.reason
+
+
+def test_the_reason_names_the_line() -> None:
+    state = run(Lambda(lambda x, w: x * w - x.mean(0)), torch.randn(6, 4))
+    assert "x * w - x.mean(0)" in str(state.reason)
+
+
+TOKEN_COUPLED = {
+    "attention over tokens": (lambda: Attention(4, 2), "rows"),
+    "position table": (
+        lambda: Lambda(lambda x, w: x + w[: x.shape[1]], 7, 4),
+        "depend on the row's number",
+    ),
+    "mean over tokens": (lambda: Lambda(lambda x, w: x * w - x.mean(1, keepdim=True)), "rows"),
+    "transposed": (lambda: Lambda(lambda x, w: (x * w).transpose(0, 1).sin()), "rows"),
+}
+
+
+@pytest.mark.parametrize("case", TOKEN_COUPLED)
+def test_tokens_that_interact_run_exactly(case: str) -> None:
+    build, reason = TOKEN_COUPLED[case]
+    state = run(build(), torch.randn(6, 5, 4), sketch=Region(0.5, row_dims=2))
+    assert state.status == "exact"
+    assert reason in str(state.reason)
+
+
+def test_window_partitions_inside_a_region_of_samples_are_fine() -> None:
+    model = Windows()
+    make_region(model, {"": Region(0.5)})
+    report = bs.testing.check_unbiased(model, torch.randn(6, 16, 8), draws=200)
+    assert max(report.relative_variance.values()) > 0.05
+
+
+def test_windows_as_rows_run_exactly() -> None:
+    """Rows are windows here, and a window's bias depends on its number: VCAS is 35 % off."""
+    state = run(WindowAttention(8), torch.randn(24, 4, 8))
+    assert state.status == "exact"
+    assert "row" in str(state.reason)
+
+
+def test_two_towers_with_a_contrast_inside_run_exactly() -> None:
+    state = run(TwoTowers(True), torch.randn(6, 6), torch.randn(6, 5))
+    assert state.status == "exact"
+    assert "multiplies rows with other rows" in str(state.reason)
+
+
+def test_batch_first_false_attention_runs_exactly() -> None:
+    """Rows of the first dimension are positions here, and attention relates them."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    state = run(TimeFirst(), torch.randn(5, 6, 8))
+    assert state.status == "exact"
+
+
+# --- what cannot be captured ------------------------------------------------------------------------
+
+
+def test_data_dependent_python_runs_exactly() -> None:
+    state = run(Lambda(lambda x, w: x * w if x.sum().item() > 0 else x + w), torch.randn(6, 4))
+    assert state.status == "exact"
+    assert "cannot be captured" in str(state.reason)
+
+
+def test_updated_buffers_run_exactly() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.register_buffer("total", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.total += x.sum(0)
+            return self.a(x)
+
+    model, x = Counts(), torch.randn(6, 4)
+    state = run(model, x)
+    assert state.status == "exact"
+    torch.testing.assert_close(model.total, 6 * x.sum(0))
+
+
+def test_a_scalar_argument_runs_exactly() -> None:
+    state = run(Lambda(lambda x, w: x * w), torch.tensor(2.0))
+    assert state.status == "exact"
+    assert "dimensions of rows" in str(state.reason)
+
+
+# --- seen by the numbers ----------------------------------------------------------------------------
+
+
+def test_the_first_batch_catches_what_the_proof_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a proof that lets everything pass, parts of the batch do not add up."""
+    from backsketch.regions import oprules
+    from backsketch.regions.rows import Layout
+
+    def believe(proof, node):
+        return Layout(0)
+
+    monkeypatch.setitem(oprules.RULES, "flip", believe)
+    state = run(Lambda(lambda x, w: (x * w).sin() + (x * w).flip(0)), torch.randn(6, 4))
+    assert state.status == "exact"
+    assert "do not add up" in str(state.reason)
+
+
+def test_reports_are_by_region() -> None:
+    model = nn.Sequential(mlp(4, 4), Lambda(lambda x, w: x * w - x.mean(0)), Block(4, 2))
+    rules = {"0": Region(0.5), "1": Region(0.5), "2": Region(0.5)}
+    states = make_region(model, rules)
+    for _ in range(2):
+        h = model[1](model[0](torch.randn(6, 4)))
+        model[2](h[:, None]).square().sum().backward()
+    assert [s.status for s in states.values()] == ["active", "exact", "active"]
+    assert states["1"].name == "1"
