@@ -54,7 +54,19 @@ def layer_time() -> str:
     return _markdown(["sketch", *shapes, "floor"], rows)
 
 
-TABLES = {"real_variance": real_variance, "layer_time": layer_time}
+def regions() -> str:
+    rows = []
+    for path in sorted((ROOT / "results").glob("region_*.json")):
+        arms = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+        for name in ("keep 0.5", "keep 0.25", "keep 0.1", "checkpoint"):
+            if name in arms:
+                arm = arms[name]
+                cells = [f"×{arm[key]:.2f}" for key in ("over_exact", "backward", "saved")]
+                rows.append([f"`{path.stem.removeprefix('region_')}`", name, *cells])
+    return _markdown(["configuration", "arm", "step", "backward", "saved bytes"], rows)
+
+
+TABLES = {"real_variance": real_variance, "layer_time": layer_time, "regions": regions}
 
 
 def filled(text: str) -> str:

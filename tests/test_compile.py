@@ -7,7 +7,6 @@ with row j of another: no error, right shapes, wrong gradients. So everything he
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import backsketch as bs
-from backsketch import sampling
 from cases import FAMILIES
 from mutations import drop_the_weights, mutation_of, redraw_the_signs
 
@@ -185,7 +183,7 @@ def test_a_compiled_step_draws_anew_and_a_saved_stream_repeats_it(estimator):
     call = compiled(model)
 
     def gradient() -> Tensor:
-        return torch.autograd.grad(call(x).square().sum(), model.stem.weight)[0]
+        return torch.autograd.grad(call(x).square().sum(), model.head[0].weight)[0]
 
     gradient()
     state = bs.get_rng_state()
@@ -206,18 +204,58 @@ def test_the_global_stream_is_untouched_by_a_compiled_step():
 
 
 @every_family
-def test_batch_sizes_may_change_without_a_new_graph_for_each(estimator):
-    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "from the start"])
+def test_batch_sizes_may_change_without_a_new_graph_for_each(dynamic, estimator):
+    """Between 9 and 15 neither PyTorch's convolutions nor powers of two (srht) cross a boundary."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4), nn.ReLU(), nn.Linear(4, 3)
+    )  # fmt: skip
     bs.sketch_(model, estimator)
-    call = compiled(model)
-    for n in (6, 8):  # the first is static, the second tells the compiler what varies
+    call = compiled(model, dynamic=dynamic)
+    for n in (9, 12):
         call(images(n).requires_grad_()).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for n in (10, 7, 16):
+        for n in (10, 14, 15):
             x = images(n).requires_grad_()
             call(x).sum().backward()
             assert x.grad.shape == x.shape
             assert bool(x.grad.isfinite().all())
+
+
+KEEPS = [0.5, 0.25, 0.7, 0.4]
+LADDERS = [
+    [bs.Elements(keep=k) for k in KEEPS],
+    [bs.Rows(keep=k) for k in KEEPS],
+    [bs.Columns(keep=k) for k in KEEPS],
+    [bs.LowRank(keep=k, method="subspace") for k in KEEPS],
+    [bs.StoredRows(keep=k) for k in KEEPS],
+    [bs.Projection(keep=k, kind="srht") for k in KEEPS],
+    [bs.Quantized(bits=b) for b in (1, 2, 4, 8)],
+]
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: type(ladder[0]).__name__)
+def test_a_compiled_model_may_be_sketched_anew_with_one_graph_for_each_setting(ladder):
+    """A float attribute that changes becomes a symbol in the compiler: ``keep`` must stay a constant."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(12, 6)
+    call = compiled(model)
+    for estimator in ladder:
+        bs.sketch_(model, estimator)
+        call(x).sum().backward()
+    assert counters["stats"]["unique_graphs"] == len(ladder)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for estimator in reversed(ladder):
+            bs.sketch_(model, estimator)
+            call(x).sum().backward()
+
+
+def test_two_models_of_one_class_compile_with_different_settings():
+    x = torch.randn(12, 6)
+    for keep in (0.5, 0.3):
+        model = Blocks()
+        rules = {"*.q": bs.Rows(keep=keep), "*.k": bs.Rows(keep=keep / 2)}
+        bs.sketch_(model, {**rules, "": bs.StoredRows(keep=keep)})
+        check(model, compiled(model), x, draws=150)
 
 
 @pytest.mark.parametrize("estimator", [
@@ -496,7 +534,7 @@ def test_a_mutation_is_noticed_in_the_sum_over_micro_batches(estimator, monkeypa
 
 def test_micro_batches_draw_independently():
     layer, x = nn.Linear(6, 6), torch.randn(32, 6)
-    bs.sketch_(layer, bs.Rows(keep=0.25))
+    bs.sketch_(layer, bs.Rows(keep=0.25, design="permuted"))
     grads = [torch.autograd.grad(layer(x).sum(), layer.weight)[0] for _ in range(20)]
     assert len({g.numpy().tobytes() for g in grads}) == 20
 
@@ -528,7 +566,7 @@ def test_all_that_is_saved_goes_through_the_hooks(estimator):
     assert not gradient.any()
 
 
-def test_seeds_of_one_step_are_all_different(monkeypatch):
+def test_seeds_of_one_step_are_all_different():
     """No two sites share noise, in eager or compiled, though they share inputs and cotangents."""
     model, x = Blocks(), torch.randn(10, 6)
     bs.sketch_(model, bs.StoredRows(keep=0.5))
@@ -541,5 +579,3 @@ def test_seeds_of_one_step_are_all_different(monkeypatch):
     eager_seeds = bs.get_rng_state()["counter"] - before - compiled_seeds
     assert eager_seeds == 16  # eight layers, forward and backward
     assert compiled_seeds >= 8  # those of the backward pass that nothing uses may go
-    assert sampling.num_kept(10, 0.5) == 5
-    assert math.isfinite(float(x.sum()))

@@ -47,3 +47,11 @@ def test_relative_links_lead_somewhere():
     for page in tables.pages():
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_importing_the_library_does_not_import_the_compiler():
+    import subprocess
+    import sys
+
+    code = "import sys, backsketch; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

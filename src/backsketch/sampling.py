@@ -353,7 +353,7 @@ def draw(
     seed: Tensor,
     stream: int = 0,
     design: str = "systematic",
-    floor: float = 0.0,
+    floor: float | None = None,
 ) -> Sample:
     """Draw ``k`` of ``n`` rows with the optimal inclusion probabilities of ``scores``.
 
@@ -363,11 +363,13 @@ def draw(
         seed: what :func:`next_seed` returned.
         stream: an integer that makes several draws from one seed independent.
         design: one of :data:`DESIGNS`.
-        floor: see :func:`inclusion_probabilities`.
+        floor: see :func:`inclusion_probabilities`; None is zero.
 
     Returns:
         :class:`Sample` of ``k`` rows (of ``n`` for the independent design).
     """
+    # A constant of the code, because a compiler may make a symbol of a default argument that is a float.
+    floor = 0.0 if floor is None else floor
     return Sample(*_draw(scores, k, seed, stream, design, floor))
 
 

@@ -40,6 +40,16 @@ class Sketch:
     """Anything that :func:`backsketch.sketch_` can put somewhere: an estimator, a region, a mask."""
 
     name: ClassVar[str]
+    _fraction: str
+
+    @property
+    def fraction(self) -> float:
+        """``keep``, as code that ``torch.compile`` traces must read it.
+
+        A float attribute that takes a second value (another layer's, another step's) becomes a symbol,
+        which an autograd Function cannot hold. Text never does.
+        """
+        return float(self._fraction)
 
     def __str__(self) -> str:
         return spec(self)
@@ -137,13 +147,14 @@ def _format(value: object) -> str:
 
 
 def check_keep(owner: object, keep: object) -> None:
-    """Raise ValueError unless ``keep`` is a number in (0, 1]."""
+    """Raise ValueError unless ``keep`` is a number in (0, 1]; sets what ``fraction`` reads."""
     number = isinstance(keep, int | float) and not isinstance(keep, bool)
     if not number or not math.isfinite(keep) or not 0 < keep <= 1:  # type: ignore[arg-type, operator]
         raise ValueError(
             f"{type(owner).__name__}: keep is the fraction that is kept and must lie in (0, 1], "
             f"1 meaning exact; got {keep!r}"
         )
+    object.__setattr__(owner, "_fraction", repr(keep))
 
 
 def check_choice(owner: object, field: str, value: object, choices: tuple[object, ...]) -> None:

@@ -56,7 +56,7 @@ class Columns(Estimator):
         self, op: Bilinear, cotangent: Tensor, weight: Tensor, seed: Tensor
     ) -> Tensor:
         n = op.num_columns(cotangent)
-        k = num_kept(n, self.keep)
+        k = num_kept(n, self.fraction)
         if k >= n or cotangent.shape[0] == 0:
             return op.input_vjp(cotangent, weight)
         kept = self._draw(self.input_scores(op, cotangent, weight), k, seed, 0)
@@ -67,7 +67,7 @@ class Columns(Estimator):
     ) -> Tensor:
         x = op.rows(stored[0])
         n = op.num_columns(cotangent)
-        k = num_kept(n, self.keep)
+        k = num_kept(n, self.fraction)
         if k >= n or cotangent.shape[0] == 0:
             return op.weight_vjp(cotangent, x)
         kept = self._draw(self.weight_scores(op, cotangent, x), k, seed, 1)

@@ -46,11 +46,11 @@ class Elements(Estimator):
         check_keep(self, self.keep)
 
     def _mask(self, cotangent: Tensor, seed: Tensor) -> Tensor:
-        if self.keep == 1:
+        if self.fraction == 1:
             return cotangent
         # A product, not a selection: NaN and Inf survive the mask's zeros.
         return cotangent * (
-            (uniform_like(cotangent, seed) < self.keep).to(cotangent.dtype) / self.keep
+            (uniform_like(cotangent, seed) < self.fraction).to(cotangent.dtype) / self.fraction
         )
 
     def estimate_input(

@@ -71,7 +71,7 @@ class LowRank(Estimator):
             return self._sample_svd(op.input_vjp(cotangent, weight), seed, 0)
         basis = self._basis(op, cotangent, seed)
         if basis is None:
-            return Columns(self.keep).estimate_input(op, cotangent, weight, seed)
+            return Columns(self.fraction).estimate_input(op, cotangent, weight, seed)
         columns = self._columns(basis)
         turned = torch.cat([torch.einsum("dq,d...->q...", basis, weight), weight])
         return columns.estimate_input(op, _turn(cotangent, basis), turned, seed)
@@ -83,7 +83,7 @@ class LowRank(Estimator):
             return self._sample_svd(op.weight_vjp(cotangent, op.rows(stored[0])), seed, 1)
         basis = self._basis(op, cotangent, seed)
         if basis is None:
-            return Columns(self.keep).estimate_weight(op, cotangent, stored, seed)
+            return Columns(self.fraction).estimate_weight(op, cotangent, stored, seed)
         part = self._columns(basis).estimate_weight(op, _turn(cotangent, basis), stored, seed)
         q = basis.shape[1]
         return part[q:] + torch.einsum("dq,q...->d...", basis, part[:q])
@@ -91,7 +91,7 @@ class LowRank(Estimator):
     def _sample_svd(self, target: Tensor, seed: Tensor, stream: int) -> Tensor:
         matrix = target.flatten(1).to(torch.promote_types(target.dtype, torch.float32))
         full = min(matrix.shape)
-        rank = num_kept(full, self.keep)
+        rank = num_kept(full, self.fraction)
         if rank >= full:
             return target
         # LAPACK raises on NaN; the poison puts it back where the user looks for it.
@@ -104,7 +104,7 @@ class LowRank(Estimator):
     def _basis(self, op: Bilinear, cotangent: Tensor, seed: Tensor) -> Tensor | None:
         """``(d_out, q)`` orthonormal directions, or None where there is nothing to gain from them."""
         d = cotangent.shape[1]
-        rank = num_kept(d, self.keep)
+        rank = num_kept(d, self.fraction)
         q = (rank + 1) // 2
         if op.groups > 1 or rank >= d or cotangent.numel() == 0:
             return None
@@ -115,7 +115,7 @@ class LowRank(Estimator):
 
     def _columns(self, basis: Tensor) -> Columns:
         d, q = basis.shape
-        return Columns(num_kept(d, self.keep) / (d + q))
+        return Columns(num_kept(d, self.fraction) / (d + q))
 
     def work(self) -> tuple[float, float]:
         return (1.0, 1.0) if self.method == "svd" else (self.keep, self.keep)

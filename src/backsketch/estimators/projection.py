@@ -55,7 +55,7 @@ class Projection(Estimator):
 
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         rows = op.rows(x)
-        if seed is None or num_kept(rows.shape[0], self.keep) >= rows.shape[0]:
+        if seed is None or num_kept(rows.shape[0], self.fraction) >= rows.shape[0]:
             return (x,)
         return self._project(rows, seed), seed
 
@@ -69,7 +69,7 @@ class Projection(Estimator):
 
     def _project(self, rows: Tensor, seed: Tensor) -> Tensor:
         flat = rows.flatten(1)
-        r = num_kept(rows.shape[0], self.keep)
+        r = num_kept(rows.shape[0], self.fraction)
         projected = (
             self._rademacher(flat, r, seed) if self.kind == "rademacher" else _srht(flat, r, seed)
         )

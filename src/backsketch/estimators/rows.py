@@ -63,7 +63,7 @@ class Rows(Estimator):
         self, op: Bilinear, cotangent: Tensor, weight: Tensor, seed: Tensor
     ) -> Tensor:
         n = cotangent.shape[0]
-        k = num_kept(n, self.keep)
+        k = num_kept(n, self.fraction)
         if k >= n:
             return op.input_vjp(cotangent, weight)
         kept = self._draw(self.input_scores(cotangent, weight), k, seed, 0)
@@ -74,7 +74,7 @@ class Rows(Estimator):
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
     ) -> Tensor:
         x = op.rows(stored[0])
-        k = num_kept(x.shape[0], self.keep)
+        k = num_kept(x.shape[0], self.fraction)
         if k >= x.shape[0]:
             return op.weight_vjp(cotangent, x)
         kept = self._draw(self.weight_scores(cotangent, x), k, seed, 1)

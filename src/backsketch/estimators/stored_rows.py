@@ -61,7 +61,7 @@ class StoredRows(Estimator):
 
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         rows = op.rows(x)
-        k = num_kept(rows.shape[0], self.keep)
+        k = num_kept(rows.shape[0], self.fraction)
         if k >= rows.shape[0] or seed is None:
             return (x,)
         kept = draw(simple_scores(rows, 0, self.scores), k, seed, 0, self.design)

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from backsketch.regions.compilers import COMPILERS, Compiler, boxed
 from backsketch.regions.partition import partition
 from backsketch.regions.program import Program
-from backsketch.regions.state import CURRENT, RegionState
+from backsketch.regions.state import CURRENT, RegionState, state_of
 from backsketch.regions.structure import RowSymbols
 
 _NAMES = itertools.count()
@@ -165,6 +165,22 @@ def _runner(module: Any, forward: Any, state: RegionState, compiler: str) -> Run
         capture = Capture(state.spec.mode, state.spec.row_dims, COMPILERS[compiler])
         _RUNNERS[key] = Runner(forward, capture)
     return _RUNNERS[key]
+
+
+@torch.compiler.disable
+def call_from_compiled(module: Any, args: Any, kwargs: Any) -> Any:
+    """A graph break: the region's own graphs are compiled apart."""
+    return call(module, args, kwargs, "inductor")
+
+
+def call(module: Any, args: Any, kwargs: Any, compiler: str) -> Any:
+    """The forward pass of a region's module."""
+    state = state_of(module)
+    state.spec = module._backsketch
+    forward = module._original_class.forward
+    if state.refused:
+        return forward(module, *args, **kwargs)
+    return run(module, forward, state, args, kwargs, compiler)
 
 
 def run(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from backsketch.nn.swap import Swapped, swap_
-from backsketch.regions import capture, guards
+from backsketch.regions import guards
 from backsketch.regions.mask import mask_outputs
 from backsketch.regions.spec import Mask, Region
 from backsketch.regions.state import CURRENT, RegionState, state_of
@@ -22,24 +22,12 @@ class RegionModule(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if CURRENT.depth or self._backsketch.keep >= 1 or not self._active():
             return super().forward(*args, **kwargs)
+        # Late, because it brings in all of Dynamo: seconds that `import backsketch` need not take.
+        from backsketch.regions import capture
+
         if torch.compiler.is_compiling():
-            return _call_from_compiled(self, args, kwargs)
-        return _call(self, args, kwargs, "plain")
-
-
-@torch.compiler.disable
-def _call_from_compiled(module: Any, args: Any, kwargs: Any) -> Any:
-    """A graph break: the region's own graphs are compiled apart."""
-    return _call(module, args, kwargs, "inductor")
-
-
-def _call(module: Any, args: Any, kwargs: Any, compiler: str) -> Any:
-    state = state_of(module)
-    state.spec = module._backsketch
-    forward = module._original_class.forward
-    if state.refused:
-        return forward(module, *args, **kwargs)
-    return capture.run(module, forward, state, args, kwargs, compiler)
+            return capture.call_from_compiled(self, args, kwargs)
+        return capture.call(self, args, kwargs, "plain")
 
 
 class MaskedModule(Swapped):
