@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -97,7 +96,11 @@ class Projection(Estimator):
 
 
 def _padded(n: int) -> int:
-    return 1 << max(0, math.ceil(math.log2(n)))
+    """The next power of two; by comparisons, so that a compiler gets a number from a symbol."""
+    m = 1
+    while m < n:
+        m *= 2
+    return m
 
 
 def _srht(flat: Tensor, r: int, seed: Tensor) -> Tensor:
