@@ -260,7 +260,7 @@ def test_two_models_of_one_class_compile_with_different_settings():
 
 
 @pytest.mark.parametrize("estimator", [
-    bs.StoredRows(keep=0.4), bs.Projection(keep=0.4, kind="srht")
+    bs.Rows(keep=0.4), bs.StoredRows(keep=0.4)
 ], ids=str)  # fmt: skip
 def test_gradients_are_unbiased_at_a_batch_size_that_was_never_compiled(estimator):
     model = Blocks()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch import sampling
 from cases import ESTIMATORS, FAMILIES
+from mutations import mutation_of
 
 LAYERS = {
     "linear": (lambda **o: nn.Linear(6, 8, **o), (6,)),
@@ -450,6 +451,15 @@ def test_a_module_used_three_times_in_one_forward_is_unbiased(estimator):
     bs.testing.check_unbiased(model, torch.randn(7, 5), draws=400)
 
 
+@every_family
+def test_a_mutation_is_noticed_in_a_module_used_three_times(estimator, monkeypatch):
+    model = Twice()
+    bs.sketch_(model, estimator)
+    mutation_of(estimator)(monkeypatch)
+    with pytest.raises(AssertionError, match="is biased"):
+        bs.testing.check_unbiased(model, torch.randn(7, 5), draws=400)
+
+
 def test_uses_of_one_module_draw_apart():
     layer, x = nn.Linear(5, 5), torch.randn(40, 5)
     bs.sketch_(layer, bs.Rows(keep=0.5))
@@ -532,6 +542,16 @@ def one_step(rank: str, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 def test_ranks_draw_different_rows_from_the_same_seed(monkeypatch):
+    check_ranks(monkeypatch)
+
+
+def test_ranks_that_share_their_noise_are_noticed(monkeypatch):
+    monkeypatch.setattr(sampling, "_rank", lambda: 0)
+    with pytest.raises(AssertionError):
+        check_ranks(monkeypatch)
+
+
+def check_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = torch.stack([one_step(str(rank), monkeypatch) for rank in range(16)])
     assert torch.equal(kept[3], one_step("3", monkeypatch))
     correlation = torch.corrcoef(kept) - torch.eye(16)

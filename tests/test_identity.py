@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import backsketch as bs
 from backsketch.nn.swap import is_swapped, sketch_of
 from cases import ESTIMATORS, FAMILIES
+from mutations import drop_the_weights, mutation_of
 
 ROWS = bs.Rows(keep=0.5)
 # Sketched in name, all rows in fact: the products go through our code and must equal autograd's.
@@ -441,6 +442,14 @@ def test_tied_weights_stay_tied_and_both_uses_reach_the_gradient():
     assert model.head.weight is model.embedding.weight
 
 
+def test_tied_weights_with_a_wrong_weight_of_a_row_are_noticed(monkeypatch):
+    model, tokens = Tied(), torch.randint(10, (4, 5))
+    bs.sketch_(model, ROWS)
+    drop_the_weights(monkeypatch)
+    with pytest.raises(AssertionError, match="is biased"):
+        bs.testing.check_unbiased(model, tokens, draws=800)
+
+
 def test_hooks_stay_and_fire_once_with_the_same_arguments():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), torch.randn(6, 4)
     layer, calls = model[1], []
@@ -675,16 +684,27 @@ def per_sample_gradients(model: nn.Module, x: Tensor, randomness: str) -> dict[s
     return torch.func.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)(parameters, x)
 
 
+def check_per_sample(estimator: bs.Estimator, draws: int = 225) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(3, 6, 4)
+    exact = per_sample_gradients(model, x, "error")["0.weight"]
+    bs.sketch_(model, {"0": estimator})
+    drawn = [per_sample_gradients(model, x, "different")["0.weight"] for _ in range(draws)]
+    stacked = torch.stack(drawn).double()
+    error = stacked.std(0) / draws**0.5
+    assert bool(((stacked.mean(0) - exact).abs() < 5.5 * error + 1e-4).all()), "is biased"
+    assert bool((stacked.var(0).flatten(1).amax(1) > 0).all())  # it is sketched, sample by sample
+
+
 @pytest.mark.parametrize("estimator", FAMILIES, ids=str)
 def test_per_sample_gradients_are_unbiased_for_each_sample(estimator):
-    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(3, 6, 4)
-    exact = per_sample_gradients(model, x, "error")
-    bs.sketch_(model, {"0": estimator})
-    draws = [per_sample_gradients(model, x, "different")["0.weight"] for _ in range(400)]
-    stacked = torch.stack(draws).double()
-    error = stacked.std(0) / 20
-    assert bool(((stacked.mean(0) - exact["0.weight"]).abs() < 5.5 * error + 1e-4).all())
-    assert float(stacked.var(0).amax()) > 0  # it is sketched, sample by sample
+    check_per_sample(estimator)
+
+
+@pytest.mark.parametrize("estimator", FAMILIES, ids=str)
+def test_a_mutation_is_noticed_in_per_sample_gradients(estimator, monkeypatch):
+    mutation_of(estimator)(monkeypatch)
+    with pytest.raises(AssertionError, match="is biased"):
+        check_per_sample(estimator)
 
 
 def test_per_sample_gradients_need_vmap_to_allow_randomness():
