@@ -14,7 +14,6 @@ import backsketch as bs
 from backsketch import sampling
 from backsketch.nn.swap import unswap_
 from backsketch.regions import Mask, Region, state_of
-from backsketch.regions import rows as row_ops
 from backsketch.regions.state import CURRENT
 from region_models import Attention, Block, Feedforward, ViT, make_region, mlp
 
@@ -36,13 +35,15 @@ def warm(model: nn.Module, *inputs: Tensor) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, sampling.Sample]]:
     """Every (scores, sample) that regions draw."""
     seen: list[tuple[Tensor, sampling.Sample]] = []
-    original = row_ops.draw
+    original = sampling.draw_live
 
-    def draw(scores: Tensor, k: int, anchor: Tensor) -> sampling.Sample:
-        seen.append((scores, original(scores, k, anchor)))
-        return seen[-1][1]
+    def draw(scores: Tensor, keep: float, live: int | None) -> sampling.Sample | None:
+        sample = original(scores, keep, live)
+        if sample is not None:
+            seen.append((scores, sample))
+        return sample
 
-    monkeypatch.setattr(row_ops, "draw", draw)
+    monkeypatch.setattr(sampling, "draw_live", draw)
     return seen
 
 
@@ -176,6 +177,21 @@ def test_zero_rows_are_never_drawn(drawn: list[tuple[Tensor, sampling.Sample]]) 
     scores, sample = drawn[-1]
     assert sample.indices.numel() == 4  # half of the eight live rows
     assert (scores[sample.indices] > 0).all()
+
+
+def test_masks_shrink_the_row_sketches_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    draw = sampling._draw
+
+    def counting(scores: Tensor, k: int, *rest: object) -> object:
+        sizes.append(k)
+        return draw(scores, k, *rest)
+
+    monkeypatch.setattr(sampling, "_draw", counting)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    bs.sketch_(model, {"": Mask(0.5), "0": bs.Rows(keep=0.25), "2": bs.Rows(keep=0.5)})
+    model(torch.randn(16, 4, requires_grad=True)).square().sum().backward()
+    assert sizes == [8, 4, 4, 1, 1]  # the mask's, then two products of each layer
 
 
 def test_masks_shrink_the_regions_below(drawn: list[tuple[Tensor, sampling.Sample]]) -> None:
@@ -459,6 +475,69 @@ def test_saved_bytes(mode: str) -> None:
         assert sketched <= x.numel() * 4 + 64
     else:
         assert sketched <= exact + 64
+
+
+class Halves(nn.Module):
+    """Outputs that are views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(x).chunk(2, 1)
+
+
+class Through(nn.Module):
+    """An output that is the input itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x).tanh(), x
+
+
+@pytest.mark.parametrize("kind", [Halves, Through])
+def test_outputs_that_share_memory_are_copied_and_unbiased(kind: type[nn.Module]) -> None:
+    model, x = kind(), torch.randn(12, 4, requires_grad=True)
+    expected = model(x)
+    states = make_region(model, {"": Region(0.5)})
+    for _ in range(2):
+        outputs = model(x)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected))
+        sum(y.square().sum() for y in outputs).backward()
+    assert [s.status for s in states.values()] == ["active"]
+    bs.testing.check_unbiased(model, torch.randn(12, 4), draws=600)
+
+
+def test_a_known_call_does_not_enter_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp(4, 4), torch.randn(6, 4)
+    (state,) = make_region(model, {"": Region(0.5)}).values()
+    warm(model, x)
+    monkeypatch.setattr(state.runner, "call", None)
+    for n in (6, 9, 5):
+        assert model(torch.randn(n, 4)).shape == (n, 4)
+
+
+class Switch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.factor, self.nonlinear = nn.Linear(4, 4), 1.0, torch.tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nonlinear(self.linear(x)) * self.factor
+
+
+def test_a_changed_attribute_is_noticed() -> None:
+    model, x = Switch(), torch.randn(6, 4)
+    make_region(model, {"": Region(0.5)})
+    for change in ({}, {"factor": 2.0}, {"nonlinear": torch.relu}, {"linear": nn.Linear(4, 4)}):
+        for name, value in change.items():
+            setattr(model, name, value)
+        for _ in range(2):
+            assert torch.equal(model(x), Switch.forward(model, x))
 
 
 def test_states_do_not_leak_out_of_a_failing_forward() -> None:

@@ -15,7 +15,6 @@ from torch import nn
 import backsketch as bs
 from backsketch import sampling
 from backsketch.regions import Mask, Region
-from backsketch.regions import rows as row_ops
 from region_models import Block, ViT, make_region
 
 # Warnings of PyTorch's own making: deprecations inside inductor and Dynamo, and a look at .grad of every
@@ -102,13 +101,14 @@ def worker(rank: int, store: str, out: str) -> None:
         model, {"": Mask(0.8), "blocks.0": Region(0.5), "blocks.1": Region(0.5, 1, "recompute")}
     )
     drawn = []
-    original = row_ops.draw
+    original = sampling.draw_live
 
-    def draw(scores, k, anchor):
-        drawn.append(original(scores, k, anchor).indices)
-        return sampling.Sample(*original(scores, k, anchor))
+    def draw(scores, keep, live):
+        sample = original(scores, keep, live)
+        drawn.append(sample.indices)
+        return sample
 
-    row_ops.draw = draw
+    sampling.draw_live = draw
     parallel = nn.parallel.DistributedDataParallel(model)
     x = torch.randn(2, 8, 1, 8, 8)[rank]
     for _ in range(3):

@@ -137,16 +137,19 @@ def test_bfloat16_autocast_is_unbiased(mode: str) -> None:
         assert ((m.mean - m.exact).abs() <= bound).all(), name
 
 
-def drop_weights(scores: torch.Tensor, k: int, anchor: torch.Tensor) -> sampling.Sample:
-    sample = sampling.draw(scores, k, sampling.next_seed(anchor))
-    return sampling.Sample(sample.indices, torch.ones_like(sample.weights))
+DRAW = sampling.draw_live
+
+
+def drop_weights(scores: torch.Tensor, keep: float, live: int | None) -> sampling.Sample | None:
+    sample = DRAW(scores, keep, live)
+    return sample and sampling.Sample(sample.indices, torch.ones_like(sample.weights))
 
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
 def test_dropping_the_weights_is_caught(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Feedforward(8)
     make_region(model, with_mode({"": Region(0.4, row_dims=2)}, mode))
-    monkeypatch.setattr(row_ops, "draw", drop_weights)
+    monkeypatch.setattr(sampling, "draw_live", drop_weights)
     with pytest.raises(AssertionError, match="biased"):
         bs.testing.check_unbiased(model, tokens(), draws=DRAWS)
 

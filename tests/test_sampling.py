@@ -125,6 +125,30 @@ def test_rows_with_zero_score_are_never_drawn_while_others_remain():
         assert set(draw(scores, 2, next_seed(scores)).indices.tolist()) <= {1, 3, 4}
 
 
+@given(scores_and_k(), st.sampled_from([0.0, 0.1]))
+@settings(max_examples=200, deadline=None)
+def test_few_rows_are_drawn_as_many_are(case, floor):
+    scores, k = case
+    if float(scores.max()) == 0:
+        scores = scores + 1
+    seed = sampling.next_seed(scores)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_FEW", 0)
+        slow = draw(scores, k, seed, 3, floor=floor)
+    fast = draw(scores, k, seed, 3, floor=floor)
+    assert torch.equal(slow.indices, fast.indices)
+    torch.testing.assert_close(slow.weights, fast.weights)
+
+
+def test_few_rows_with_a_value_that_is_not_finite_are_drawn_as_many_are(monkeypatch):
+    scores, seed = torch.tensor([1.0, float("nan"), 2.0, float("inf")]), torch.tensor(5)
+    fast = draw(scores, 3, seed)
+    monkeypatch.setattr(sampling, "_FEW", 0)
+    slow = draw(scores, 3, seed)
+    assert torch.equal(slow.indices, fast.indices)
+    torch.testing.assert_close(slow.weights, fast.weights)
+
+
 def test_a_draw_is_a_pure_function_of_its_seed():
     scores = torch.rand(50)
     seed = next_seed(scores)

@@ -30,6 +30,7 @@ __all__ = [
     "inclusion_probabilities",
     "next_seed",
     "num_kept",
+    "num_live_kept",
     "seed",
     "set_rng_state",
     "signs",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _MASK64 = (1 << 64) - 1
+_FEW = 64  # rows on the CPU up to which plain numbers are faster than operators
 _SORT_UP_TO = 1024  # on the CPU; above, linear passes that look at their result are faster
 
 
@@ -137,6 +139,22 @@ def num_kept(n: int, keep: float) -> int:
     return torch.sym_max(1, math.ceil(keep * n - 1e-6))
 
 
+def num_live_kept(scores: Tensor, keep: float) -> int:
+    """:func:`num_kept` of the rows with a positive score, where counting them waits for nothing.
+
+    That is in eager code on the CPU. Elsewhere it is ``num_kept`` of all rows: more than needed below a
+    mask, never less.
+    """
+    n = scores.shape[0]
+    countable = (
+        scores.device.type == "cpu"
+        and type(scores) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(scores)
+    )
+    return num_kept(max(int(torch.count_nonzero(scores)), 1) if countable else n, keep)
+
+
 def inclusion_probabilities(scores: Tensor, k: int, floor: float = 0.0) -> Tensor:
     r"""Water-filling: the probabilities that minimise :math:`\sum_i s_i^2/\pi_i` at expected size k.
 
@@ -196,7 +214,7 @@ def _level_by_passes(s: Tensor, k: int) -> Tensor:
     return lam
 
 
-def _systematic(pi: Tensor, k: int, u: Tensor) -> Tensor:
+def _systematic(pi: Tensor, k: int, u: float) -> Tensor:
     """Systematic sampling (Madow 1949): exactly k rows with inclusion probabilities ``pi``.
 
     One uniform number in [0, 1) and one cumulative sum. In the order given it also stratifies:
@@ -208,14 +226,49 @@ def _systematic(pi: Tensor, k: int, u: Tensor) -> Tensor:
     return torch.searchsorted(edges, points, right=True).clamp(max=pi.shape[0] - 1)
 
 
-def _draw_systematic(pi: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    u = torch.rand(1, dtype=pi.dtype, device=pi.device, generator=generator)
-    return _systematic(pi, k, u)
+def _few(scores: Sequence[float], k: int, u: float, floor: float) -> tuple[list[int], list[float]]:
+    """Water-filling and systematic sampling of a few rows in plain numbers.
+
+    The same steps as :func:`inclusion_probabilities` and :func:`_systematic`, of which each costs an
+    operator's launch there.
+    """
+    n = len(scores)
+    s = scores
+    if not all(map(math.isfinite, s)):
+        s = [0.0 if math.isfinite(x) else 1.0 for x in s]
+    lam, tail = 0.0, 0.0
+    for j, x in enumerate(sorted(s)):
+        tail += x
+        free = k - (n - 1 - j)
+        if free > 0 and x * free <= tail:
+            lam = tail / free
+    if lam > 0:
+        pi = [x / lam if x < lam else 1.0 for x in s]
+    else:
+        positive = sum(x > 0 for x in s)
+        rest = (k - positive) / max(n - positive, 1)
+        pi = [1.0 if x > 0 else rest for x in s]
+    if floor:
+        pi = [(1 - floor) * p + floor * k / n for p in pi]
+    scale = k / sum(pi)
+    edge = 0.0
+    indices: list[int] = []
+    for i, p in enumerate(pi):
+        edge += p * scale
+        while len(indices) < k and len(indices) + u < edge:
+            indices.append(i)
+    indices += [n - 1] * (k - len(indices))  # rounding at the very end
+    return indices, [1 / pi[i] if pi[i] > 0 else 0.0 for i in indices]
 
 
-def _draw_permuted(pi: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def _draw_systematic(pi: Tensor, k: int, seed: int, stream: int) -> Tensor:
+    return _systematic(pi, k, _unit(seed, stream))
+
+
+def _draw_permuted(pi: Tensor, k: int, seed: int, stream: int) -> Tensor:
+    generator = _generator(pi.device, seed, stream)
     order = torch.randperm(pi.shape[0], device=pi.device, generator=generator)
-    return order[_draw_systematic(pi[order], k, generator)].sort().values
+    return order[_systematic(pi[order], k, _unit(seed, stream))].sort().values
 
 
 _FIXED_SIZE = {"systematic": _draw_systematic, "permuted": _draw_permuted}
@@ -270,24 +323,42 @@ def _next_seed_vmap(info: Any, in_dims: Any, anchors: Sequence[Tensor]) -> tuple
     return torch.stack([_next_seed([]) for _ in range(info.batch_size)]), 0
 
 
-def _generator(device: torch.device, seed: Tensor, stream: int) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(_mix(int(seed), stream))
+def _generator(device: torch.device, seed: int, stream: int) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(_mix(seed, stream))
+
+
+def _unit(seed: int, stream: int) -> float:
+    """A uniform number in [0, 1) of 53 bits; apart from what the generator of the stream gives."""
+    return (_mix(seed, stream, 0) >> 10) * 2.0**-53
+
+
+def _fresh() -> int:
+    return _mix(_STREAM.seed, _rank(), _STREAM.advance())
 
 
 def _next_seed_impl(anchors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor(_mix(_STREAM.seed, _rank(), _STREAM.advance()))
+    return torch.tensor(_fresh())
 
 
 def _draw_impl(
     scores: Tensor, k: int, seed: Tensor, stream: int, design: str, floor: float
 ) -> tuple[Tensor, Tensor]:
-    generator = _generator(scores.device, seed, stream)
+    return _drawn(scores, k, int(seed), stream, design, floor)
+
+
+def _drawn(
+    scores: Tensor, k: int, seed: int, stream: int, design: str, floor: float
+) -> tuple[Tensor, Tensor]:
+    if design == "systematic" and scores.shape[0] <= _FEW and scores.device.type == "cpu":
+        chosen, weights = _few(scores.tolist(), k, _unit(seed, stream), floor)
+        return torch.tensor(chosen), torch.tensor(weights, dtype=scores.dtype)
     pi = inclusion_probabilities(scores, k, floor)
     if design == "independent":
+        generator = _generator(scores.device, seed, stream)
         kept = torch.rand(pi.shape, dtype=pi.dtype, device=pi.device, generator=generator) < pi
         indices = torch.arange(pi.shape[0], device=pi.device)
         return indices, torch.where(kept, 1 / pi, 0.0).to(scores.dtype)
-    indices = _FIXED_SIZE[design](pi, k, generator)
+    indices = _FIXED_SIZE[design](pi, k, seed, stream)
     # A row without a chance can only be hit by rounding at the ends; its weight must not be infinite.
     drawn = pi[indices]
     return indices, torch.where(drawn > 0, 1 / drawn, 0.0).to(scores.dtype)
@@ -301,12 +372,12 @@ def _draw_fake(
 
 
 def _uniform_impl(like: Tensor, seed: Tensor, stream: int) -> Tensor:
-    generator = _generator(like.device, seed, stream)
+    generator = _generator(like.device, int(seed), stream)
     return torch.rand(like.shape, device=like.device, generator=generator)
 
 
 def _signs_impl(like: Tensor, rows: int, columns: int, seed: Tensor, stream: int) -> Tensor:
-    generator = _generator(like.device, seed, stream)
+    generator = _generator(like.device, int(seed), stream)
     bits = torch.randint(2, (rows, columns), device=like.device, generator=generator)
     return bits.to(like.dtype).mul_(2).sub_(1)
 
@@ -371,6 +442,32 @@ def draw(
     # A constant of the code, because a compiler may make a symbol of a default argument that is a float.
     floor = 0.0 if floor is None else floor
     return Sample(*_draw(scores, k, seed, stream, design, floor))
+
+
+def draw_live(scores: Tensor, keep: float, live: int | None = None) -> Sample | None:
+    """:func:`draw` of a fraction ``keep`` of the rows with a positive score, with a fresh seed.
+
+    Without an operator around it: only for code that no compiler and no function transform ever sees.
+
+    Args:
+        scores: ``(n,)`` floating point.
+        keep: the fraction.
+        live: how many scores are positive; None counts them, which on an accelerator waits for it.
+
+    Returns:
+        The sample, or None where that is all rows.
+    """
+    n = scores.shape[0]
+    few = scores.tolist() if n <= _FEW and scores.device.type == "cpu" else None
+    if live is None:
+        live = int(torch.count_nonzero(scores)) if few is None else n - few.count(0.0)
+    k = num_kept(live, keep)
+    if k >= n:
+        return None
+    if few is None:
+        return Sample(*_drawn(scores, k, _fresh(), 0, "systematic", 0.0))
+    indices, weights = _few(few, k, _unit(_fresh(), 0), 0.0)
+    return Sample(torch.tensor(indices), torch.tensor(weights, dtype=scores.dtype))
 
 
 def uniform_like(like: Tensor, seed: Tensor, stream: int = 0) -> Tensor:

@@ -106,10 +106,13 @@ class Columns(Estimator):
 
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         scores = self.input_scores(op, cotangent, weight)
-        return sampled_variance(scores, self.keep, op.column_gram(cotangent, weight), self.design)
+        return sampled_variance(
+            scores, num_kept(len(scores), self.keep), op.column_gram(cotangent, weight), self.design
+        )
 
     def weight_variance(self, op: Bilinear, cotangent: Tensor, x: Tensor) -> Tensor:
         x = op.rows(x)
         scores = self.weight_scores(op, cotangent, x)
         squares = norms(op.weight_vjp(cotangent, x)).square()
-        return sampled_variance(scores, self.keep, op.by_column(squares, 0))
+        k = num_kept(len(scores), self.keep)
+        return sampled_variance(scores, k, op.by_column(squares, 0))

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from backsketch.estimators.base import Estimator, check_choice, check_keep, register
 from backsketch.estimators.bilinear import Bilinear, energy, norms, scaled, spread
-from backsketch.sampling import DESIGNS, Sample, draw, inclusion_probabilities, num_kept
+from backsketch.sampling import (
+    DESIGNS,
+    Sample,
+    draw,
+    inclusion_probabilities,
+    num_kept,
+    num_live_kept,
+)
 from backsketch.theory import variance
 
 __all__ = ["SCORES", "Rows", "sampled_variance", "simple_scores"]
@@ -39,7 +46,8 @@ class Rows(Estimator):
     matrix-vector product (equal where the rows of W are orthogonal, zero only where the target is).
 
     Args:
-        keep: the fraction k/N, in (0, 1]; k is rounded up.
+        keep: the fraction k/N, in (0, 1]; k is rounded up. N counts the rows with a positive score where
+            they can be counted without waiting for a device: eager code on the CPU.
         scores: ``"uniform"``, ``"l1"`` or ``"l2"`` (norm of the cotangent row), ``"optimal"``.
         design: how the rows are drawn, see :data:`backsketch.sampling.DESIGNS`. The default takes the
             natural order, in which neighbouring tokens stratify the sample for free.
@@ -63,10 +71,9 @@ class Rows(Estimator):
         self, op: Bilinear, cotangent: Tensor, weight: Tensor, seed: Tensor
     ) -> Tensor:
         n = cotangent.shape[0]
-        k = num_kept(n, self.fraction)
-        if k >= n:
+        if num_kept(n, self.fraction) >= n:
             return op.input_vjp(cotangent, weight)
-        kept = self._draw(self.input_scores(cotangent, weight), k, seed, 0)
+        kept = self._draw(self.input_scores(cotangent, weight), seed, 0)
         part = op.input_vjp(scaled(cotangent, 0, *kept), weight)
         return spread(part, kept.indices, n)
 
@@ -74,14 +81,19 @@ class Rows(Estimator):
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
     ) -> Tensor:
         x = op.rows(stored[0])
-        k = num_kept(x.shape[0], self.fraction)
-        if k >= x.shape[0]:
+        if num_kept(x.shape[0], self.fraction) >= x.shape[0]:
             return op.weight_vjp(cotangent, x)
-        kept = self._draw(self.weight_scores(cotangent, x), k, seed, 1)
+        kept = self._draw(self.weight_scores(cotangent, x), seed, 1)
         return op.weight_vjp(scaled(cotangent, 0, *kept), x.index_select(0, kept.indices))
 
-    def _draw(self, scores: Tensor, k: int, seed: Tensor, stream: int) -> Sample:
-        return draw(scores, k, seed, stream, self.design)
+    def _draw(self, scores: Tensor, seed: Tensor, stream: int) -> Sample:
+        return draw(scores, self._num(scores), seed, stream, self.design)
+
+    def _num(self, scores: Tensor) -> int:
+        """How many rows are drawn: below a mask most rows are zero, and k counts the others."""
+        n = scores.shape[0]
+        k = num_kept(n, self.fraction)
+        return n if k >= n else num_live_kept(scores, self.fraction)
 
     def input_scores(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         """``(rows,)`` scores of the draw for ``grad_input``."""
@@ -101,12 +113,13 @@ class Rows(Estimator):
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         scores = self.input_scores(cotangent, weight)
         exact = op.input_vjp(cotangent, weight)
-        return sampled_variance(scores, self.keep, norms(exact).square())
+        return sampled_variance(scores, self._num(scores), norms(exact).square())
 
     def weight_variance(self, op: Bilinear, cotangent: Tensor, x: Tensor) -> Tensor:
         x = op.rows(x)
         scores = self.weight_scores(cotangent, x)
-        return sampled_variance(scores, self.keep, op.row_gram(cotangent, x), self.design)
+        gram = op.row_gram(cotangent, x)
+        return sampled_variance(scores, self._num(scores), gram, self.design)
 
 
 def simple_scores(cotangent: Tensor, dim: int, kind: str) -> Tensor:
@@ -117,16 +130,14 @@ def simple_scores(cotangent: Tensor, dim: int, kind: str) -> Tensor:
 
 
 def sampled_variance(
-    scores: Tensor, keep: float, contributions: Tensor, design: str = "systematic"
+    scores: Tensor, k: int, contributions: Tensor, design: str = "systematic"
 ) -> Tensor:
-    """Variance of a sampled sum: ``(n,)`` squared norms (orthogonal terms) or an ``(n, n)`` Gram matrix.
+    """Variance of a sum over k of n rows: ``(n,)`` squared norms (orthogonal terms) or an ``(n, n)`` Gram matrix.
 
     Raises:
         ValueError: a Gram matrix under the permuted design, which has no closed form.
     """
-    n = scores.shape[0]
-    k = num_kept(n, keep)
-    if k >= n:
+    if k >= scores.shape[0]:
         return torch.zeros((), dtype=torch.float64)
     pi = inclusion_probabilities(scores, k)
     if contributions.ndim == 1:

@@ -85,4 +85,6 @@ class StoredRows(Estimator):
     def weight_variance(self, op: Bilinear, cotangent: Tensor, x: Tensor) -> Tensor:
         x = op.rows(x)
         scores = simple_scores(x, 0, self.scores)
-        return sampled_variance(scores, self.keep, op.row_gram(cotangent, x), self.design)
+        return sampled_variance(
+            scores, num_kept(len(scores), self.keep), op.row_gram(cotangent, x), self.design
+        )

@@ -77,11 +77,13 @@ def _elements(
 
 def _rows(e: Rows, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, _: Tensor) -> Products:
     n = g.shape[0]
-    k = num_kept(n, e.keep)
-    if k >= n:
+    if num_kept(n, e.keep) >= n:
         return _exact(e, op, g, w, x)
-    first = draw(e.input_scores(g, w), k, s, 0, e.design)
-    second = draw(e.weight_scores(g, op.rows(x)), k, s, 1, e.design)
+    scores = e.input_scores(g, w), e.weight_scores(g, op.rows(x))
+    first, second = (
+        draw(t, num_kept(int((t > 0).sum()), e.keep), s, stream, e.design)
+        for stream, t in enumerate(scores)
+    )
     return (
         op.input_vjp(_sketch_dim(g, 0, _diagonal(first, n)), w),
         op.weight_vjp(_sketch_dim(g, 0, _diagonal(second, n)), op.rows(x)),

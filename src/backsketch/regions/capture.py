@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils import _pytree as pytree
 
-from backsketch.regions.compilers import COMPILERS, Compiler, boxed
+from backsketch.regions.compilers import COMPILERS, Compiler
+from backsketch.regions.pair import Pair
 from backsketch.regions.partition import partition
 from backsketch.regions.program import Program
 from backsketch.regions.state import CURRENT, RegionState, state_of
@@ -33,17 +35,20 @@ class Capture:
     """A ``torch.compile`` backend that makes one :class:`Program` per captured graph.
 
     ``compiler`` turns a graph into something that runs: plain execution, or inductor where the
-    surrounding model is compiled.
+    surrounding model is compiled. ``copies`` turns true where outputs share memory with each other or with
+    an input, so that they have to be copied.
     """
 
     def __init__(self, mode: str, row_dims: int, compiler: Compiler) -> None:
         self.mode, self.row_dims, self.compiler = mode, row_dims, compiler
         self.programs = 0
+        self.copies = False
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         placeholders = gm.graph.find_nodes(op="placeholder")
         fakes = [p.meta.get("example_value") for p in placeholders]
         program = Program(self.row_dims, RowSymbols(()))
+        pair = Pair(program)
         self.programs += 1
         split = partition(self.mode, self.compiler.inner_partition(self.mode))
 
@@ -51,15 +56,20 @@ class Capture:
             fw, bw = split(joint, joint_inputs, **options)
             program.symbols = _row_symbols(fakes, self.row_dims)
             program.prove(fw, bw, options["num_fwd_outputs"])
+            pair.connect(fw, bw, options["num_fwd_outputs"])
             return fw, bw
 
         def forward(graph: fx.GraphModule, graph_inputs: Any) -> Callable[..., Any]:
-            _donate_nothing()
-            return _noting(program, self.compiler.forward(graph, graph_inputs))
+            metadata = getattr(torch._guards.TracingContext.try_get(), "fw_metadata", None)
+            _donate_nothing(metadata)
+            pair.check(metadata)
+            pair.forward = self.compiler.forward(graph, graph_inputs)
+            return pair.forward
 
         def backward(graph: fx.GraphModule, graph_inputs: Any) -> Callable[..., Any]:
             program.build(graph, graph_inputs, self.compiler)
-            return boxed(program.backward)
+            assert program.exact is not None
+            return program.exact
 
         compiled = aot_autograd(
             fw_compiler=forward,
@@ -67,28 +77,33 @@ class Capture:
             inference_compiler=self.compiler.forward,
             partition_fn=prove,
             decompositions=self.compiler.decompositions(),
-        )
-        return compiled(gm, inputs)
+        )(gm, inputs)
+        if pair.forward is None:  # nothing requires a gradient
+            return compiled
+        self.copies = self.copies or pair.aliases
+        if (
+            not program.built and pair.backward is not None
+        ):  # AOTAutograd puts off what has no symbolic sizes
+            program.build(pair.backward, pair.backward_inputs, self.compiler)
+        return pair if pair.is_plain(len(inputs)) else _noting(program, compiled)
 
 
-def _donate_nothing() -> None:
+def _donate_nothing(metadata: Any) -> None:
     """Let no saved tensor be overwritten by the backward pass: that would forbid retain_graph."""
-    context = torch._guards.TracingContext.try_get()
-    donated = getattr(getattr(context, "fw_metadata", None), "bw_donated_idxs", None)
+    donated = getattr(metadata, "bw_donated_idxs", None)
     if donated:
         donated.clear()
 
 
 def _noting(program: Program, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Tell the running region what was found out about its graph."""
+    """AOTAutograd's own runtime, exact: tell the running region why."""
 
-    def call(args: list[Any]) -> Any:
-        state = CURRENT.state
-        if state is not None and program.refusal is not None:
-            state.settle("exact", program.refusal)
-        return run(args)
+    def call(*args: Any) -> Any:
+        if CURRENT.state is not None:
+            CURRENT.state.settle("exact", program.refusal)
+        return run(*args)
 
-    return boxed(call)
+    return call
 
 
 def _row_symbols(fakes: Sequence[Any], row_dims: int) -> RowSymbols:
@@ -137,20 +152,50 @@ class Runner:
     anything else.
     """
 
-    def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
+    def __init__(self, forward: Callable[..., Any], capture: Capture, copies: bool) -> None:
         def region(module: Any, args: Any, kwargs: Any) -> Any:
-            return forward(module, *args, **kwargs)
+            outputs = forward(module, *args, **kwargs)
+            return pytree.tree_map_only(Tensor, torch.clone, outputs) if copies else outputs
 
         name = f"backsketch_region_{next(_NAMES)}"
         code = region.__code__.replace(co_name=name)
-        fresh = types.FunctionType(code, region.__globals__, name, None, region.__closure__)
+        self.closure = region.__closure__
+        self.fresh = types.FunctionType(code, region.__globals__, name, None, self.closure)
+        self.scope = {"forward": forward, "copies": copies}
         self.capture = capture
-        self.call = torch.compile(fresh, backend=capture, fullgraph=True)
+        self.call = torch.compile(self.fresh, backend=capture, fullgraph=True)
+        self.direct: dict[int, types.FunctionType] = {}
+
+    def find(self, module: Any, args: Any, kwargs: Any) -> Callable[..., Any] | None:
+        """The compiled code whose guards hold for these arguments.
+
+        Dynamo's own entry (a frame evaluation hook) checks the same guards and runs the same code; the
+        way there costs ten times the check.
+        """
+        scope = {"module": module, "args": args, "kwargs": kwargs, **self.scope}
+        for entry in _debug_get_cache_entry_list(self.fresh.__code__):
+            if entry.guard_manager.check(scope):
+                return self._function(entry.code)
+        return None
+
+    def _function(self, code: types.CodeType) -> types.FunctionType:
+        function = self.direct.get(id(code))
+        if function is None or function.__code__ is not code:
+            function = types.FunctionType(
+                code, self.fresh.__globals__, code.co_name, None, self.closure
+            )
+            self.direct[id(code)] = function
+        return function
 
     @property
-    def full(self) -> bool:
-        """Whether Dynamo would give up on one more graph."""
-        return self.capture.programs >= torch._dynamo.config.recompile_limit
+    def outdated(self) -> bool:
+        """Whether outputs have to be copied after all, or Dynamo would give up on one more graph."""
+        return self.misleading or self.capture.programs >= torch._dynamo.config.recompile_limit
+
+    @property
+    def misleading(self) -> bool:
+        """Whether its outputs turned out to share memory, which an ``autograd.Function`` cannot return."""
+        return self.capture.copies and not self.scope["copies"]
 
 
 _RUNNERS: dict[Any, Runner] = {}
@@ -161,9 +206,11 @@ def _runner(module: Any, forward: Any, state: RegionState, compiler: str) -> Run
     """The runner of this kind of region: made on first use."""
     assert state.spec is not None
     key = (type(module), state.spec.mode, state.spec.row_dims, compiler)
-    if key not in _RUNNERS or _RUNNERS[key].full:
+    before = _RUNNERS.get(key)
+    if before is None or before.outdated:
         capture = Capture(state.spec.mode, state.spec.row_dims, COMPILERS[compiler])
-        _RUNNERS[key] = Runner(forward, capture)
+        copies = before is not None and before.capture.copies
+        _RUNNERS[key] = Runner(forward, capture, copies)
     return _RUNNERS[key]
 
 
@@ -180,6 +227,10 @@ def call(module: Any, args: Any, kwargs: Any, compiler: str) -> Any:
     forward = module._original_class.forward
     if state.refused:
         return forward(module, *args, **kwargs)
+    if state.runner is not None and not state.runner.misleading:
+        outputs = _known(state.runner, state, module, args, kwargs)
+        if outputs is not _UNKNOWN:
+            return outputs
     return run(module, forward, state, args, kwargs, compiler)
 
 
@@ -201,7 +252,9 @@ def run(
         return forward(module, *args, **kwargs)
     if 0 in lead:
         return forward(module, *args, **kwargs)
-    runner = state.runner = state.runner or _runner(module, forward, state, compiler)
+    runner = state.runner
+    if runner is None or runner.misleading:
+        runner = state.runner = _runner(module, forward, state, compiler)
     rowed = [t for t in tensors if _has_rows(t, lead)]
     try:
         if not _is_new(state, tensors, row_dims):
@@ -271,6 +324,22 @@ def _called(
         for t, attributes in zip(rowed, marks):
             t.__dict__.clear()
             t.__dict__.update(attributes)
+
+
+_UNKNOWN = object()
+
+
+def _known(runner: Runner, state: RegionState, module: Any, args: Any, kwargs: Any) -> Any:
+    """Run what was compiled before for arguments like these, if anything was."""
+    before = CURRENT.state
+    CURRENT.state = state
+    CURRENT.depth += 1  # also while guards are checked: they see what the capture saw
+    try:
+        function = runner.find(module, args, kwargs)
+        return _UNKNOWN if function is None else function(module, args, kwargs)
+    finally:
+        CURRENT.state = before
+        CURRENT.depth -= 1
 
 
 _AXES = ((), (0,), (0, 1))

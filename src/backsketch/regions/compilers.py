@@ -21,11 +21,15 @@ _RANDOM = (aten.native_dropout, aten.bernoulli, aten.rand_like, aten.randn_like)
 
 
 class Rows(NamedTuple):
-    """Where rows are among the saved tensors and the gradients; ``axis`` carries the kept ones."""
+    """Where rows are among the saved tensors and the gradients; ``axis`` carries the kept ones.
+
+    ``plain`` says which saved tensors are contiguous with one slice to a row: a single ``index_select``.
+    """
 
     saved: Sequence[Layout | None]
     gradients: Sequence[Layout | None]
     axis: int
+    plain: Sequence[bool]
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[..., Any]:
@@ -70,11 +74,18 @@ def _gathering(module: fx.GraphModule, rows: Rows) -> fx.Graph:
     env: dict[fx.Node, fx.Node] = {}
     index, lead = graph.placeholder("index"), graph.placeholder("lead")
     placeholders = module.graph.find_nodes(op="placeholder")
-    pending = {p: at for p, at in zip(placeholders, rows.saved) if at is not None}
+    pending = {
+        p: (at, plain)
+        for p, at, plain in zip(placeholders, rows.saved, rows.plain)
+        if at is not None
+    }
 
     def read(node: fx.Node) -> fx.Node:
-        at = pending.pop(node, None)
-        if at is not None:
+        at, plain = pending.pop(node, (None, False))
+        if at is not None and plain:
+            args: Any = (env[node], at.dim, index)
+            env[node] = graph.call_function(torch.index_select, args)
+        elif at is not None:
             args = (env[node], at.dim, at.axes, lead, rows.axis, index)
             env[node] = graph.call_function(row_ops.take, args)
         return env[node]

@@ -121,12 +121,6 @@ def _factory(proof: Proof, node: fx.Node) -> Label:
     return proof.rows.layout_at(shape, dims[0]) if dims else None
 
 
-@rule("tag")
-def _tag(proof: Proof, node: fx.Node) -> Label:
-    """Our own note of which region ran: it reads no values."""
-    return None
-
-
 # --- views ------------------------------------------------------------------------------------------
 
 

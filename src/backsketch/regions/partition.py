@@ -115,7 +115,7 @@ def _is_deterministic(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, fx.Node) and _is_deterministic(source)
-    return not is_random(node) and _name(node) != "tag"
+    return not is_random(node)
 
 
 def _mark_dropout_masks(graph: fx.Graph) -> None:
@@ -128,40 +128,6 @@ def _mark_dropout_masks(graph: fx.Graph) -> None:
             mask.meta.pop("tensor_meta", None)
 
 
-def _tag_region(graph: fx.Graph, num_outputs: int) -> None:
-    """Save the region's number with the activations: regions of one class share one graph.
-
-    The number is tied to an output and to a cotangent, so that partitioners see a saved value between
-    a forward and a backward node; :func:`_untag` removes both ties after the split.
-    """
-    placeholders = graph.find_nodes(op="placeholder")
-    tangent = next(n for n in placeholders if "tangents" in str(n.target) and n.users)
-    primal = next(n for n in placeholders if isinstance(n.meta.get("val"), torch.Tensor))
-    with primal.meta["val"].fake_mode:
-        number = torch.empty((), dtype=torch.int64)
-    with graph.inserting_after(placeholders[-1]):
-        tag = graph.call_function(torch.ops.backsketch_regions.tag.default, (primal,))
-    tag.meta = {"val": number, "partitioner_tag": "is_forward"}
-    tag.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    readers = list(tangent.users)
-    with graph.inserting_before(next(n for n in graph.nodes if n in tangent.users)):
-        _route(graph, tangent, tag, "is_backward", readers)
-    (output,) = graph.find_nodes(op="output")
-    outputs = output.args[0][:num_outputs]
-    out = next(n for n in outputs if isinstance(n.meta.get("val"), torch.Tensor))
-    with graph.inserting_after(tag if out.op == "placeholder" else out):
-        _route(graph, out, tag, "is_forward", [output])
-
-
-def _route(
-    graph: fx.Graph, value: fx.Node, tag: fx.Node, where: str, readers: list[fx.Node]
-) -> None:
-    route = graph.call_function(torch.ops.backsketch_regions.route.default, (value, tag))
-    route.meta = {"val": value.meta["val"], "partitioner_tag": where}
-    for reader in readers:
-        reader.replace_input_with(value, route)
-
-
 def _save_random(graph: fx.Graph) -> None:
     """A partitioner that recomputes what is cheap must not draw random numbers again."""
     for node in graph.nodes:
@@ -171,20 +137,11 @@ def _save_random(graph: fx.Graph) -> None:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def _untag(graph: fx.Graph) -> None:
-    for node in graph.find_nodes(
-        op="call_function", target=torch.ops.backsketch_regions.route.default
-    ):
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
-
-
 def partition(mode: str, inner: Partition | None = None) -> Partition:
     """The partition function of a mode; ``inner`` replaces the default split."""
 
     def split(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         graph = joint.graph
-        _tag_region(graph, options["num_fwd_outputs"])
         if mode == "recompute":
             _mark_dropout_masks(graph)
             _Repeat(graph, _is_deterministic).run()
@@ -194,10 +151,6 @@ def partition(mode: str, inner: Partition | None = None) -> Partition:
             _save_random(graph)
         graph.lint()
         joint.recompile()
-        fw, bw = (inner or default_partition)(joint, inputs, **options)
-        for module in (fw, bw):
-            _untag(module.graph)
-            module.recompile()
-        return fw, bw
+        return (inner or default_partition)(joint, inputs, **options)
 
     return split

@@ -15,7 +15,7 @@ from backsketch.regions import rows as row_ops
 from backsketch.regions.compilers import Compiler, Rows, Runner
 from backsketch.regions.oprules import label_of
 from backsketch.regions.rows import Layout
-from backsketch.regions.state import RegionState, by_tag
+from backsketch.regions.state import RegionState
 from backsketch.regions.structure import Coupled, Proof, RowSymbols, expr, is_random
 from backsketch.regions.verify import splits_add_up
 
@@ -34,6 +34,7 @@ class Program:
     verified: bool = False
     layouts: dict[str, Layout | None] = field(default_factory=dict)
     gradients: list[Layout | None] = field(default_factory=list)
+    built: bool = False
     exact: Runner | None = None
     kept: KeptBackward | None = None
 
@@ -80,43 +81,38 @@ class Program:
                 self.kept = KeptBackward.from_graph(self, bw, inputs, compiler)
             except Coupled as reason:
                 self.refusal = str(reason)
+        self.built = True
 
     # --- running ------------------------------------------------------------------------------------
 
-    def backward(self, args: list[Any]) -> Sequence[Any]:
-        """What AOTAutograd calls: sizes, saved tensors, cotangents -> gradients of the inputs."""
+    def backward(self, state: RegionState | None, args: list[Any]) -> Sequence[Any]:
+        """Sizes, saved tensors and cotangents -> gradients of the inputs.
+
+        ``state`` is the region whose forward pass this belongs to: regions of one class share a graph.
+        """
         assert self.exact is not None
-        if self.kept is None:
+        if self.kept is None or state is None or state.spec is None:
             return self.exact(args)
-        state = by_tag(args[self.kept.tag])
         cotangents = args[-self.kept.num_cotangents :]
-        if (
-            state is None
-            or state.spec is None
-            or not all(isinstance(g, Tensor) for g in cotangents)
-        ):
-            return self.exact(args)
-        lead = cotangents[0].shape[: self.row_dims]
-        n = math.prod(lead)
+        lead = tuple(cotangents[0].shape[: self.row_dims])
         scores = row_ops.scores(cotangents, self.row_dims)
         if not self.verified:
             return self._first(state, args, lead, scores)
         state.settle("active")
-        k = min(n, sampling.num_kept(_num_live(state, scores), state.spec.keep))
-        if k >= n:
+        sample = sampling.draw_live(scores, state.spec.keep, _num_live(state, scores))
+        if sample is None:
             return self.exact(args)
-        sample = row_ops.draw(scores, k, cotangents[0])
-        return self.kept(args, tuple(lead), sample.indices, sample.weights)
+        return self.kept(args, lead, sample.indices, sample.weights)
 
     def _first(
-        self, state: RegionState, args: list[Any], lead: Sequence[int], scores: Tensor
+        self, state: RegionState, args: list[Any], lead: tuple[int, ...], scores: Tensor
     ) -> Sequence[Any]:
         """The first backward pass is exact, and checks that parts of the batch add up to it."""
         assert self.exact is not None
         assert self.kept is not None
         kept, exact = self.kept, self.exact
         gradients, verdict = splits_add_up(
-            lambda index: kept(args, tuple(lead), index, None),
+            lambda index: kept(args, lead, index, None),
             lambda: exact(list(args)),
             scores,
             kept.low_precision,
@@ -141,15 +137,15 @@ def _outputs(module: fx.GraphModule) -> Sequence[Any]:
     return result
 
 
-def _num_live(state: RegionState, scores: Tensor) -> int:
+def _num_live(state: RegionState, scores: Tensor) -> int | None:
     """How many rows have a cotangent, without waiting for an accelerator.
 
-    On the CPU they are counted. Elsewhere the fraction is measured on a region's first backward pass
+    On the CPU they are counted with the draw. Elsewhere the fraction is measured on a region's first backward pass
     only; a later batch with more live rows is still unbiased (the draw spreads what there is).
     """
     n = scores.shape[0]
     if scores.device.type == "cpu":
-        return int(torch.count_nonzero(scores))
+        return None
     if state.live_fraction is None:
         state.live_fraction = int(torch.count_nonzero(scores)) / n
     return math.ceil(state.live_fraction * n - 1e-6)
@@ -160,7 +156,6 @@ class KeptBackward:
     """The captured backward graph at ``k`` rows: sizes, saved tensors and cotangents cut down."""
 
     run: Runner
-    tag: int
     sizes: list[tuple[int, tuple[int, ...]]]
     num_cotangents: int
     cotangent_layouts: list[Layout]
@@ -189,9 +184,10 @@ class KeptBackward:
             raise Coupled("an output has no rows (a loss or a statistic inside the region?)")
         axis = program.symbols.live[-1]
         saved_layouts = [program.layouts.get(p.name) for p in saved]
+        plain = [_is_plain(program.symbols, p, program.layouts.get(p.name)) for p in saved]
+        rows = Rows(saved_layouts, program.gradients, axis, plain)
         return cls(
-            compiler.kept_backward(bw, inputs, Rows(saved_layouts, program.gradients, axis)),
-            next(i for i, p in enumerate(saved) if str(p.target).startswith("tag")),
+            compiler.kept_backward(bw, inputs, rows),
             sizes,
             len(cotangents),
             [at for at in layouts if at is not None],
@@ -215,9 +211,20 @@ class KeptBackward:
 
 def _weigh(kept: Tensor, at: Layout, weights: Tensor) -> Tensor:
     """Multiply each kept row by ``1 / pi``."""
+    if kept.dim() == 2 and at.axes == 1 and kept.shape[0] == weights.shape[0]:
+        return kept.mul_(weights.to(kept.dtype).unsqueeze(1))
     c = math.prod(kept.shape[: at.axes]) // weights.shape[0]
     w = weights if c == 1 else weights.repeat_interleave(c)
     return kept.mul_(w.to(kept.dtype).view(*kept.shape[: at.axes], *[1] * (kept.dim() - at.axes)))
+
+
+def _is_plain(symbols: RowSymbols, saved: fx.Node, at: Layout | None) -> bool:
+    """Whether the rows of a saved tensor are single slices of a contiguous tensor."""
+    if at is None or at.axes != 1:
+        return False
+    value = saved.meta["val"]
+    one = symbols.multiplicity(value.shape[at.dim], symbols.live) == 1
+    return one and value.is_contiguous()
 
 
 def _symbol_axes(symbols: RowSymbols, size: Any) -> tuple[int, ...]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backsketch import sampling
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -101,6 +99,8 @@ def take(x: Tensor, dim: int, axes: int, lead: Sequence[int], axis: int, index: 
 
 def put(g: Tensor, dim: int, axes: int, lead: Sequence[int], index: Tensor) -> Tensor:
     """The inverse of :func:`take` for a gradient: zeros everywhere but in the rows ``index``."""
+    if axes == 1 and dim == 0 and g.shape[0] == index.shape[0]:
+        return g.new_zeros((math.prod(lead), *g.shape[1:])).index_copy_(0, index, g)
     k = index.shape[0]
     if axes > 1:
         g = g.flatten(dim, dim + axes - 1)
@@ -123,11 +123,7 @@ def scores(cotangents: Sequence[Tensor], row_dims: int) -> Tensor:
 
 
 def _row_norms(g: Tensor, row_dims: int) -> Tensor:
-    n = math.prod(g.shape[:row_dims])
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    return torch.linalg.vector_norm(g.reshape(n, -1), dim=1, dtype=dtype)
-
-
-def draw(row_scores: Tensor, k: int, anchor: Tensor) -> sampling.Sample:
-    """``k`` rows by the fixed-size systematic design, in natural order."""
-    return sampling.draw(row_scores, k, sampling.next_seed(anchor))
+    if g.dim() != 2 or row_dims != 1:
+        g = g.reshape(math.prod(g.shape[:row_dims]), -1)
+    dtype = None if g.dtype == torch.float32 else torch.promote_types(g.dtype, torch.float32)
+    return torch.linalg.vector_norm(g, dim=1, dtype=dtype)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from backsketch.regions.spec import Region
 
 __all__ = ["RegionState", "state_of"]
 
 Status = Literal["pending", "active", "exact"]
-_IDS = itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -35,11 +32,6 @@ class RegionState:
     runner: Any = None
     exhausted: list[Any] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
-    id: int = field(default_factory=lambda: next(_IDS))
-
-    def __post_init__(self) -> None:
-        _BY_ID[self.id] = self
-        self.tag = torch.tensor(self.id)
 
     def settle(self, status: Status, reason: str | None = None) -> None:
         """Record the outcome of a guard."""
@@ -51,7 +43,6 @@ class RegionState:
         self.settle("exact", reason)
 
 
-_BY_ID: weakref.WeakValueDictionary[int, RegionState] = weakref.WeakValueDictionary()
 _STATES: weakref.WeakKeyDictionary[nn.Module, RegionState] = weakref.WeakKeyDictionary()
 
 
@@ -78,25 +69,3 @@ class Current:
 
 
 CURRENT = Current()
-
-_LIB = torch.library.Library("backsketch_regions", "DEF")
-_LIB.define("tag(Tensor anchor) -> Tensor")
-_LIB.define("route(Tensor cotangent, Tensor tag) -> Tensor")
-
-
-def _tag(anchor: Tensor) -> Tensor:
-    return CURRENT.state.tag.clone() if CURRENT.state is not None else torch.tensor(0)
-
-
-_LIB.impl("tag", _tag, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "backsketch_regions::tag", lambda anchor: torch.empty((), dtype=torch.int64), lib=_LIB
-)
-torch.library.register_fake(
-    "backsketch_regions::route", lambda cotangent, tag: torch.empty_like(cotangent), lib=_LIB
-)
-
-
-def by_tag(tag: Tensor) -> RegionState | None:
-    """The region that ran the forward pass of this backward pass; the tag is on the host."""
-    return _BY_ID.get(int(tag))
