@@ -66,7 +66,17 @@ def regions() -> str:
     return _markdown(["configuration", "arm", "step", "backward", "saved bytes"], rows)
 
 
-TABLES = {"real_variance": real_variance, "layer_time": layer_time, "regions": regions}
+def host_time() -> str:
+    rows = []
+    for row in _load("host_time")["rows"]:
+        parts = [f"{row[key]:.0f} µs" for key in ("exact_us", "forward_us", "backward_us")]
+        both = f"{row['forward_us'] + row['backward_us']:.0f} µs"
+        rows.append([row["module"], row["mode"], *parts, both])
+    header = ["module", "mode", "exact call", "added forward", "added backward", "added"]
+    return _markdown(header, rows)
+
+
+TABLES = {"host_time": host_time, "real_variance": real_variance, "layer_time": layer_time, "regions": regions}
 
 
 def filled(text: str) -> str:
