@@ -76,7 +76,12 @@ def host_time() -> str:
     return _markdown(header, rows)
 
 
-TABLES = {"host_time": host_time, "real_variance": real_variance, "layer_time": layer_time, "regions": regions}
+TABLES = {
+    "host_time": host_time,
+    "real_variance": real_variance,
+    "layer_time": layer_time,
+    "regions": regions,
+}
 
 
 def filled(text: str) -> str:

@@ -126,6 +126,21 @@ def test_the_permuted_order_has_no_closed_form_and_says_so():
         bs.Rows(keep=0.5, design="permuted").weight_variance(layer.op, layer.g, layer.x)
 
 
+def moments_of(first: float, second: float) -> bs.testing.Moments:
+    """500 draws of two entries: one always the same, the other with a sign of its own."""
+    m = bs.testing.Moments(torch.ones(2))
+    for i in range(500):
+        m.add(torch.tensor([first, second if i % 2 else 2 - second]))
+    return m
+
+
+def test_a_row_that_was_never_missed_is_no_bias_unless_nothing_is_random():
+    bs.testing._check_entries("w", moments_of(1.002, 1.5), 5.0)
+    for biased in (moments_of(1.002, 1.0), moments_of(1.1, 1.5)):
+        with pytest.raises(AssertionError, match=r"biased: entry \(0,\)"):
+            bs.testing._check_entries("w", biased, 5.0)
+
+
 # Mutations ----------------------------------------------------------------------------------------
 
 

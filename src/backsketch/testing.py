@@ -295,10 +295,17 @@ def _allowance(m: Moments, threshold: float) -> Tensor:
 
     An entry that deviated in a handful of draws only (a row of small inclusion probability) is a
     Poisson count, whose sample variance may be zero while its mean is off by one event in ``draws``.
+    So is one that never deviated from a value a little too large: a row that is nearly always drawn, and
+    was never missed. Where nothing in the tensor is random there are no such rows.
     """
     effective = m.second.square() / m.fourth.clamp(min=1e-300)
     rare = threshold**2 * m.largest / m.draws
-    return torch.where(effective < _FEW, rare, 0.0)
+    mean = m.first / m.draws
+    spread = m.second / m.draws - mean.square()
+    is_random = spread.sum() > 1e-10 * mean.square().sum()
+    never_missed = (spread <= 1e-10 * mean.square()) & is_random
+    vanishing = threshold**2 * m.mean.abs() / m.draws
+    return torch.where(effective < _FEW, rare, torch.where(never_missed, vanishing, 0.0))
 
 
 def _z(m: Moments) -> Tensor:
