@@ -18,7 +18,9 @@ import math
 
 __all__ = [
     "break_even_extra_variance",
+    "checkpoint_step_cost",
     "layer_step_cost",
+    "projection_step_cost",
     "region_step_cost",
     "smaller_batch_ratio",
     "time_to_target_ratio",
@@ -110,3 +112,35 @@ def region_step_cost(keep: float, mode: str = "save") -> float:
     if mode not in factors:
         raise ValueError(f"mode must be 'save' or 'recompute'; got {mode!r}")
     return FORWARD * (1 + factors[mode] * keep)
+
+
+def checkpoint_step_cost(share: float = 1.0) -> float:
+    """Activation checkpointing: a ``share`` of the forward pass is computed twice, ``(3 + share)/3``.
+
+    Its rival among the sketches, a recomputed region, is ``region_step_cost(keep, "recompute")``.
+
+    Example:
+        >>> round(checkpoint_step_cost(), 4), round(region_step_cost(0.5, "recompute"), 4)
+        (1.3333, 0.8333)
+    """
+    _check("share", share, 0, 1)
+    return FORWARD * (3 + share)
+
+
+def projection_step_cost(keep: float, rows: int, inputs: int, outputs: int) -> float:
+    r"""A layer whose input is stored as a projection :math:`SX` of ``r = keep * rows`` rows.
+
+    Beside the shrunken ``grad_weight`` it pays :math:`r N d_{in}` for :math:`SX` in the forward pass and
+    :math:`r N d_{out}` for :math:`SG` in the backward, in units of a product :math:`N d_{in} d_{out}`:
+
+    .. math:: c = \tfrac13\bigl(2 + p + p N (1/d_{in} + 1/d_{out})\bigr) .
+
+    The other memory savers add no product: stored rows cost ``layer_step_cost(1, keep)``, quantization
+    ``layer_step_cost(1, 1)``.
+
+    Example:
+        >>> round(projection_step_cost(0.1, 1024, 512, 512), 3)  # cheaper than exact only for few rows
+        0.833
+    """
+    _check("keep", keep, 0, 1)
+    return FORWARD * (2 + keep + keep * rows * (1 / inputs + 1 / outputs))
