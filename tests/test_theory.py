@@ -87,6 +87,19 @@ def test_the_joint_inclusion_probabilities_of_systematic_sampling():
     torch.testing.assert_close(joint.sum(1), 3 * pi)  # fixed size: sum_j pi_ij = k pi_i
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_variance_of_systematic_sampling_is_that_of_the_joint_probabilities(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(40, generator=generator) ** 3
+    scores[::7] = 0 if seed % 2 else 1  # rows without a chance, and ties
+    pi = inclusion_probabilities(scores, 9)
+    c = torch.randn(40, 5, generator=generator, dtype=torch.float64) * (scores > 0)[:, None]
+    joint = theory.joint_inclusion_systematic(pi)
+    ratio = joint / (pi[:, None] * pi)
+    slow = torch.where(ratio.isfinite(), (ratio - 1) * (c @ c.T), 0.0).sum()
+    assert float(theory.systematic(pi, c @ c.T)) == pytest.approx(float(slow), rel=1e-9)
+
+
 def test_stratification_helps_where_neighbours_are_alike_and_hurts_where_a_period_fits():
     pi = torch.full((12,), 0.25, dtype=torch.float64)
     smooth = torch.linspace(1, 2, 12, dtype=torch.float64)

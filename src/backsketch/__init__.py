@@ -15,6 +15,7 @@ A tour::
 
     bs.sketch_(model, {"head": None, "blocks.*.mlp": bs.Rows(keep=0.5)})   # the first match wins
     bs.testing.check_unbiased(model, x)              # see for yourself
+    print(bs.variance(model, batches, loss_fn))      # what each site adds to the gradient's variance
 """
 
 from backsketch import ops as ops
@@ -34,6 +35,8 @@ from backsketch.estimators import Split as Split
 from backsketch.estimators import StoredRows as StoredRows
 from backsketch.estimators import parse as parse
 from backsketch.nn import exact as exact
+from backsketch.planning import Ledger as Ledger
+from backsketch.planning import variance as variance
 from backsketch.regions import Mask as Mask
 from backsketch.regions import Region as Region
 from backsketch.report import Report as Report

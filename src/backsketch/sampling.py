@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,12 @@ from torch import Tensor
 
 __all__ = [
     "DESIGNS",
+    "Keys",
     "Sample",
     "draw",
     "get_rng_state",
     "inclusion_probabilities",
+    "keyed",
     "next_seed",
     "num_kept",
     "num_live_kept",
@@ -65,6 +68,7 @@ class _Stream:
         self.lock = threading.Lock()
         self.seed = 0
         self.counter = 0
+        self.keys: Keys | None = None
 
     def advance(self) -> int:
         # Autograd runs one thread per device: the counter must not be torn between them.
@@ -126,6 +130,61 @@ def set_rng_state(state: dict[str, int]) -> None:
         )
     with _STREAM.lock:
         _STREAM.seed, _STREAM.counter = int(state["seed"]), int(state["counter"])
+
+
+class Keys:
+    """Names for draws, so that a measurement can repeat them: see :func:`keyed`.
+
+    A seed is then a pure function of ``(pass, site, how many draws the site has made in this pass)``: what
+    the other sites do, or whether they draw at all, does not change it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.restart(0)
+
+    def restart(self, *words: int) -> None:
+        """Begin a pass called ``words``. The same name gives the same draws."""
+        with self._lock:
+            self._pass, self._site = words, -1
+            self._counts: dict[int, int] = {}
+
+    def at(self, site: int) -> None:
+        """The draws that follow are those of ``site``."""
+        self._site = site
+
+    def next(self) -> int:
+        with self._lock:
+            site = self._site
+            count = self._counts[site] = self._counts.get(site, 0) + 1
+            return _mix(_rank(), *self._pass, site, count)
+
+
+@contextmanager
+def keyed() -> Iterator[Keys]:
+    """Inside the block seeds come from names instead of the counter, which does not move.
+
+    For measurements that switch sites on and off one by one and need all else equal (common random
+    numbers). The state is the process's, like the counter's: not for use while another thread trains.
+
+    Example:
+        >>> with keyed() as keys:
+        ...     keys.restart(7)
+        ...     keys.at(3)
+        ...     first = int(next_seed())
+        ...     keys.restart(7)
+        ...     keys.at(2)
+        ...     other = int(next_seed())
+        ...     keys.at(3)
+        ...     again = int(next_seed())
+        >>> first == again, first == other
+        (True, False)
+    """
+    before, _STREAM.keys = _STREAM.keys, Keys()
+    try:
+        yield _STREAM.keys
+    finally:
+        _STREAM.keys = before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,6 +392,8 @@ def _unit(seed: int, stream: int) -> float:
 
 
 def _fresh() -> int:
+    if _STREAM.keys is not None:
+        return _STREAM.keys.next()
     return _mix(_STREAM.seed, _rank(), _STREAM.advance())
 
 

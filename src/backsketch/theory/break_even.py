@@ -18,9 +18,10 @@ variance and :math:`v = \kappa/p`.
 .. math:: b p^2 - (1 + \beta - a - b\beta\kappa)\, p + a \beta \kappa = 0 ,
 
 whose smaller root is the least keep that pays. For :math:`\beta \to \infty` it is
-:math:`p = a\kappa/(1 - b\kappa)`, with both products :math:`\kappa/(3 - 2\kappa)`. For :math:`\kappa = 1` the roots
-are :math:`\beta/2` and 1: a uniform mask pays against exact training only where :math:`\beta < 2`, and against
-the smaller batch of the same cost never, since :math:`1/p \ge 3/(1+2p)` (:func:`gain_over_smaller_batch`).
+:math:`p = a\kappa/(1 - b\kappa)`, with both products :math:`\kappa/(3 - 2\kappa)`. For :math:`\kappa = 1` the
+roots are :math:`\beta/2` and 1: a uniform mask pays against exact training only where :math:`\beta < 2`, and
+against the smaller batch of the same cost never, because :math:`1/p \ge 3/(1+2p)`
+(:func:`gain_over_smaller_batch`).
 """
 
 from __future__ import annotations

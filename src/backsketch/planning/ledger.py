@@ -1,0 +1,220 @@
+"""The variance ledger: what each site adds to the variance of the gradient, as data, text and figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Ledger", "SiteError"]
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """One row: all variances are sums over entries, means over batches and draws.
+
+    Attributes:
+        name: of the module; sites are in backward order, the one nearest to the loss first.
+        sketch: as text.
+        injected: error on what travels on: ``grad_input`` of a layer, the output's cotangent of a region
+            or mask; exact cotangents. None where it cannot be seen from outside.
+        injected_weight: error of a layer's own ``grad_weight``.
+        energy: squared norm of the exact gradient that ``injected`` is the error of.
+        predicted, predicted_weight: the closed forms of these two; None where there is none.
+        alone: what arrives at the parameters with only this site active.
+        company: the martingale difference: sites above active, sites below exact, same draws with and
+            without this site's sketch.
+        alone_error, company_error: standard errors.
+        predicted_alone, predicted_company: the closed form of the injected error, at exact and at noisy
+            cotangents, times the measured gain of the exact Jacobians below.
+        growth: second moment of the cotangent at the site's output, all sites active, over the exact one.
+        alone_by_parameter, company_by_parameter: where it arrives.
+    """
+
+    name: str
+    sketch: str
+    injected: float | None
+    injected_weight: float
+    energy: float
+    predicted: float | None
+    predicted_weight: float | None
+    alone: float
+    alone_error: float
+    company: float
+    company_error: float
+    predicted_alone: float | None
+    predicted_company: float | None
+    growth: float
+    alone_by_parameter: Mapping[str, float]
+    company_by_parameter: Mapping[str, float]
+
+    @property
+    def relative(self) -> float | None:
+        """``ω_l = injected / energy``: the factor ``1 + ω_l`` is this site's part of the growth."""
+        return None if self.injected is None or not self.energy else self.injected / self.energy
+
+    @property
+    def compounding(self) -> float:
+        """``company / alone``: how much the noise of the sites above adds to this site's."""
+        return self.company / self.alone if self.alone > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What :func:`backsketch.variance` found.
+
+    Attributes:
+        sites: in backward order.
+        total: extra variance with all sites active, ``E‖ĝ − g‖²``; ``total_error`` its standard error.
+        cross: ``total`` minus the sum of the *in company* column, zero in expectation, from the same
+            draws; ``cross_error`` its standard error.
+        sgd_variance: of the exact minibatch gradient at this batch size; None for a single batch.
+        noise_scale: ``sgd_variance`` over the squared norm of the mean gradient, without bias.
+        batches, draws: how many were used.
+        left_out: sites that run exactly after all, with the reason.
+    """
+
+    sites: tuple[SiteError, ...]
+    total: float
+    total_error: float
+    cross: float
+    cross_error: float
+    sgd_variance: float | None
+    noise_scale: float | None
+    batches: int
+    draws: int
+    left_out: Mapping[str, str]
+
+    @property
+    def sum_alone(self) -> float:
+        """The sum of the *alone* column: less than the total where sites compound."""
+        return sum(site.alone for site in self.sites)
+
+    @property
+    def sum_company(self) -> float:
+        """The sum of the *in company* column: the total, within Monte Carlo error."""
+        return sum(site.company for site in self.sites)
+
+    @property
+    def extra_variance(self) -> float | None:
+        """``ω``, the total in units of the SGD variance."""
+        return self._relative(self.total)
+
+    @property
+    def multiplier(self) -> float | None:
+        """``v = 1 + ω``."""
+        return None if self.extra_variance is None else 1 + self.extra_variance
+
+    @property
+    def predicted_multiplier(self) -> float | None:
+        """``v`` from the closed forms; None where a site has none."""
+        parts = [site.predicted_company for site in self.sites]
+        if any(part is None for part in parts):
+            return None
+        omega = self._relative(sum(part for part in parts if part is not None))
+        return None if omega is None else 1 + omega
+
+    def _relative(self, value: float) -> float | None:
+        return value / self.sgd_variance if self.sgd_variance else None
+
+    # Storage -------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; :meth:`from_dict` is the inverse."""
+        plain = dataclasses.asdict(self)
+        if self.noise_scale is not None and math.isinf(self.noise_scale):
+            plain["noise_scale"] = "inf"
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Ledger:
+        """A ledger from what :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: fields are missing or unknown.
+        """
+        try:
+            sites = tuple(SiteError(**site) for site in plain["sites"])
+            scale = plain["noise_scale"]
+            return cls(**{**plain, "sites": sites, "noise_scale": scale and float(scale)})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is not a variance ledger: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the ledger as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ledger:
+        """Read what :meth:`save` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    # Text and figure -----------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        header = (
+            "site", "sketch", "injected", "closed form", "alone", "in company", "predicted",
+            "company/alone", "growth",
+        )  # fmt: skip
+        rows = [header, *(self._row(site) for site in self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths))
+            ).rstrip()
+            for row in rows
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*lines, *self._summary()])
+
+    def _row(self, site: SiteError) -> tuple[str, ...]:
+        closed = None if site.predicted is None or not site.energy else site.predicted / site.energy
+        cells = ["" if value is None else f"{value:.3f}" for value in (site.relative, closed)]
+        arriving = (site.alone, site.company, site.predicted_company)
+        cells += [self._cell(value) for value in arriving]
+        cells += [f"×{site.compounding:.2f}", f"×{site.growth:.2f}"]
+        return (site.name or "(model)", site.sketch, *cells)
+
+    def _cell(self, value: float | None) -> str:
+        if value is None:
+            return ""
+        relative = self._relative(value)
+        return f"{value:.3g}" if relative is None else f"{relative:.4f}"
+
+    def _summary(self) -> list[str]:
+        unit = "units of the SGD variance" if self.sgd_variance else "absolute variances"
+        ratio = self.sum_alone / self.sum_company if self.sum_company > 0 else 1.0
+        error = self._cell(self.total_error)
+        lines = [
+            f"total {self._cell(self.total)} ± {error}, sum in company {self._cell(self.sum_company)}, sum "
+            f"alone {self._cell(self.sum_alone)} (×{ratio:.2f}), in {unit}; {self.batches} batches, "
+            f"{self.draws} draws each",
+            "injected: relative error on what travels on; growth: second moment of the cotangent over exact",
+        ]
+        if self.multiplier is not None and self.noise_scale is not None:
+            predicted = self.predicted_multiplier
+            told = "" if predicted is None else f" (predicted {predicted:.3f})"
+            lines.append(
+                f"variance multiplier v = {self.multiplier:.3f}{told}, noise scale β = "
+                f"{self.noise_scale:.3g}"
+            )
+        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        return lines
+
+    def plot(self) -> Figure:
+        """A matplotlib figure: the two columns with the prediction, and growth with depth.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; it is in the extra ``backsketch[train]``.
+        """
+        from backsketch.planning.ledger_plot import plot_ledger
+
+        return plot_ledger(self)

@@ -1,0 +1,215 @@
+"""Repeatable backward passes: single sites on and off, all else equal, and nothing left behind.
+
+Every pass of one batch sees the same dropout masks and buffers, and every site makes the same draws in
+every pass of one name, whichever other sites are active (:func:`backsketch.sampling.keyed`). Hooks on the
+sites, removed afterwards, tell the draws apart and catch what passes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from backsketch.estimators import Sketch
+from backsketch.nn.swap import _EXACT, Swapped, is_swapped, sketch_of
+from backsketch.regions import RegionModule
+from backsketch.sampling import Keys, keyed
+
+__all__ = ["Caught", "Passes", "Place", "passes", "places"]
+
+B = TypeVar("B")
+LossFn = Callable[[nn.Module, B], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A sketched module of a model: where a site is."""
+
+    index: int
+    name: str
+    module: nn.Module
+    sketch: Sketch
+
+
+@dataclass
+class Caught:
+    """What a pass showed of one site: a list entry per call of the module, in backward order for gradients.
+
+    ``inputs`` are the first tensor arguments, ``cotangents`` the gradients of the outputs and
+    ``grad_inputs`` those of the inputs, all that reaches them from elsewhere included.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    cotangents: list[Tensor] = field(default_factory=list)
+    grad_inputs: list[Tensor] = field(default_factory=list)
+
+
+def places(model: nn.Module) -> list[Place]:
+    """The sketched modules of a model, in the order of ``named_modules``."""
+    swapped = [(name, m) for name, m in model.named_modules() if is_swapped(m)]
+    found = []
+    for i, (name, module) in enumerate(swapped):
+        sketch = sketch_of(module)
+        assert sketch is not None
+        found.append(Place(i, name, module, sketch))
+    return found
+
+
+@dataclass
+class Passes:
+    """Runs passes of one model; made by :func:`passes`."""
+
+    model: nn.Module
+    loss_fn: LossFn[Any]
+    places: Sequence[Place]
+    keys: Keys
+    active: Collection[int] = ()
+    caught: dict[int, Caught] | None = None
+    order: list[int] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def gradient(
+        self, batch: Any, number: int, active: Collection[int] = (), draw: int = 0
+    ) -> list[Tensor]:
+        """Gradient of each trainable parameter with the ``active`` places sketched; zeros where unused.
+
+        Args:
+            batch: what the loss function takes.
+            number: of the batch: fixes the dropout masks and, with ``draw``, the sketches' draws.
+            active: indices of places.
+            draw: which of the repetitions.
+
+        Raises:
+            ValueError: the loss is not a finite scalar with a gradient.
+        """
+        self.keys.restart(number, draw)
+        self.order.clear()
+        parameters = list(self.parameters.values())
+        with self._toggled(active), _repeatable(self.model, number), torch.enable_grad():
+            loss = _checked(self.loss_fn(self.model, batch), number)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+
+    def observed(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], dict[int, Caught]]:
+        """:meth:`gradient`, and what it showed at every site."""
+        self.caught = {place.index: Caught() for place in self.places}
+        try:
+            return self.gradient(*args, **kwargs), self.caught
+        finally:
+            self.caught = None
+
+    @contextmanager
+    def _toggled(self, active: Collection[int]) -> Iterator[None]:
+        before = [place.module.__dict__.get(_EXACT) for place in self.places]
+        self.active = active
+        try:
+            for place in self.places:
+                assert isinstance(place.module, Swapped)
+                place.module._backsketch_exact = place.index not in active
+            yield
+        finally:
+            for place, value in zip(self.places, before):
+                place.module.__dict__.pop(_EXACT, None)
+                if value is not None:
+                    place.module.__dict__[_EXACT] = value
+
+    # Hooks ---------------------------------------------------------------------------------------
+
+    def hook(self, place: Place) -> list[Any]:
+        """Put hooks on a place; returns their handles."""
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if place.index in self.active:
+                self.keys.at(place.index)  # draws of the forward pass
+            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            if self.caught is not None and tensors:
+                caught = self.caught[place.index]
+                caught.inputs.append(tensors[0].detach())
+                if tensors[0].requires_grad:
+                    tensors[0].register_hook(lambda g: caught.grad_inputs.append(g))
+
+        def after(module: nn.Module, args: Any, outputs: Any) -> None:
+            for t in pytree.tree_leaves(outputs):
+                if isinstance(t, Tensor) and t.requires_grad:
+                    # On a tensor it runs just before the site's own backward node does.
+                    t.register_hook(arrived)
+
+        def arrived(cotangent: Tensor) -> None:
+            # Not where it is exact: the output of an inactive mask is that of the layer inside.
+            if place.index in self.active:
+                self.keys.at(place.index)
+            self.order.append(place.index)
+            if self.caught is not None:
+                self.caught[place.index].cotangents.append(cotangent)
+
+        return [
+            place.module.register_forward_pre_hook(before, with_kwargs=True),
+            place.module.register_forward_hook(after),
+        ]
+
+
+@contextmanager
+def passes(
+    model: nn.Module, loss_fn: LossFn[B], among: Sequence[Place] | None = None
+) -> Iterator[Passes]:
+    """A model ready for repeated passes; afterwards modes, hooks, buffers and streams are as before."""
+    found = places(model) if among is None else among
+    modes = {module: module.training for module in model.modules()}
+    with keyed() as keys:
+        run = Passes(model, loss_fn, found, keys)
+        handles = [handle for place in found for handle in run.hook(place)]
+        try:
+            if not model.training:  # parts that a training model keeps in eval mode stay there
+                model.train()
+            yield run
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextmanager
+def _repeatable(model: nn.Module, seed: int) -> Iterator[None]:
+    """The global stream seeded inside; stream and buffers as before afterwards."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def _checked(loss: Any, number: int) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"loss_fn must return the scalar mean loss of a batch; got {loss!r}")
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(
+            f"the loss of batch {number} is {float(loss.detach())}: nothing can be measured from it. Check the "
+            "batch, or load weights from before the divergence"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {number} has no gradient: is a parameter trainable, and does loss_fn call "
+            "the model outside torch.no_grad?"
+        )
+    return loss
+
+
+def has_region(place: Place) -> bool:
+    """Whether a place is a region, which proves itself on its first batch."""
+    return isinstance(place.module, RegionModule)

@@ -1,0 +1,295 @@
+"""``bs.variance``: where the extra variance of a sketched model comes from, site by site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from backsketch import theory
+from backsketch.planning.injected import Injected, measured_rows, own_weights, predicted
+from backsketch.planning.ledger import Ledger, SiteError
+from backsketch.planning.passes import Caught, LossFn, Passes, Place, has_region, passes, places
+from backsketch.regions import Mask, Region, state_of
+from backsketch.rules import unwrap
+
+__all__ = ["variance"]
+
+B = TypeVar("B")
+_CLOSED_FORM_DRAWS = 4  # per batch, where the many rows of a site make its closed form expensive
+_MANY_ROWS = 512
+
+
+def variance(
+    model: nn.Module, batches: Iterable[B], loss_fn: LossFn[B], *, draws: int = 8
+) -> Ledger:
+    r"""The ledger: per site the error injected and what of it arrives at each parameter.
+
+    Two columns. *Alone*: only that site is active. *In company*: the sites above it are active too, those
+    below are exact, and the same draws are used with and without this site's sketch. The latter are the
+    martingale differences :math:`D_k = \hat g_k - \hat g_{k-1}`, so that
+
+    .. math:: \sum_k E\|D_k\|^2 = E\|\hat g - g\|^2 ,
+
+    which the ledger shows as ``cross``: total minus sum, with its standard error. Where sites compound,
+    the *alone* column sums to less.
+
+    Args:
+        model: sketched by :func:`backsketch.sketch_`. Left as it is, with its gradients, buffers and modes; no
+            random stream moves.
+        batches: an iterable of batches, read once and held in memory. Two or more give the SGD variance
+            and the noise scale at that batch size.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss.
+        draws: repetitions per batch. A draw costs ``2 S`` forward and backward passes for S sites.
+
+    Returns:
+        A :class:`~backsketch.planning.ledger.Ledger`: prints as a table, ``.plot()`` draws it.
+
+    Raises:
+        ValueError: no batch, a model without sketched sites, a loss that is not a finite scalar,
+            ``draws < 2``.
+
+    Source: arXiv 2602.14701, variance through the graph; the decomposition is
+    :func:`backsketch.theory.martingale_decomposition`.
+
+    Example:
+        >>> import torch, backsketch as bs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> _ = bs.sketch_(model, bs.Rows(keep=0.5))
+        >>> batches = [torch.randn(16, 8) for _ in range(3)]
+        >>> ledger = bs.variance(model, batches, lambda m, x: m(x).square().mean())
+        >>> [site.name for site in ledger.sites]
+        ['2', '0']
+    """
+    model = unwrap(model)
+    if draws < 2:
+        raise ValueError(f"standard errors need two draws or more, got {draws}")
+    found = places(model)
+    if not found:
+        raise ValueError(
+            "the model has no sketched sites, so there is no variance to account for: call "
+            "bs.sketch_(model, rules) first"
+        )
+    held = list(batches)
+    if not held:
+        raise ValueError("batches is empty: give at least one batch (two for the noise scale)")
+    with passes(model, loss_fn, found) as run:
+        left_out = _settle(run, held)
+        order = _backward_order(run, held[0], left_out)
+        tally = _Tally(run, order)
+        for number, batch in enumerate(held):
+            tally.batch(batch, number, draws)
+    return tally.ledger(len(held), draws, left_out)
+
+
+def _settle(run: Passes, batches: Sequence[Any]) -> dict[str, str]:
+    """Let regions prove themselves, which they do on their first batches; what stays exact, and why."""
+    regions = [place for place in run.places if has_region(place)]
+    everything = [place.index for place in run.places]
+    for number in range(2 if regions else 0):
+        run.gradient(batches[number % len(batches)], number, everything)
+    left_out = {}
+    for place in regions:
+        state = state_of(place.module, place.name)
+        if state.status != "active":
+            left_out[place.name] = state.reason or "its guards have not come to a verdict"
+    return left_out
+
+
+def _backward_order(run: Passes, batch: Any, left_out: dict[str, str]) -> list[Place]:
+    """The sites as a backward pass meets them, those that it never meets noted and left out."""
+    run.gradient(batch, 0, [place.index for place in run.places])
+    by_index = {place.index: place for place in run.places}
+    met = [by_index[i] for i in dict.fromkeys(run.order)]
+    for place in run.places:
+        if place not in met:
+            left_out.setdefault(place.name, "no gradient reaches it from this loss")
+    order = [place for place in met if place.name not in left_out]
+    if not order:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"none of the sketched sites is active: {reasons}")
+    return order
+
+
+@dataclass
+class _Column:
+    """Samples of the squared error per parameter, one row per batch and draw."""
+
+    samples: list[Tensor] = field(default_factory=list)
+
+    def add(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+        # Still squared differences of float32 gradients: only their sums are in float64.
+        parts = [(x.double() - y.double()).square().sum() for x, y in zip(a, b)]
+        self.samples.append(torch.stack(parts).cpu())
+
+    @property
+    def totals(self) -> Tensor:
+        return torch.stack(self.samples).sum(1)
+
+    def by_parameter(self, names: Iterable[str]) -> dict[str, float]:
+        means = torch.stack(self.samples).mean(0).tolist()
+        return {name: value for name, value in zip(names, means) if value > 0}
+
+
+class _Mean:
+    """A running mean that stays None once it has met a None."""
+
+    def __init__(self) -> None:
+        self.sum, self.count, self.known = 0.0, 0, True
+
+    def add(self, value: float | None) -> None:
+        self.known = self.known and value is not None
+        self.sum, self.count = self.sum + (value or 0.0), self.count + 1
+
+    @property
+    def value(self) -> float | None:
+        return self.sum / self.count if self.known and self.count else None
+
+
+class _SiteTally:
+    """All that is accumulated about one site."""
+
+    def __init__(self, place: Place, parameters: dict[str, nn.Parameter]) -> None:
+        self.place = place
+        ids = own_weights(place)
+        self.own = torch.tensor([id(p) in ids for p in parameters.values()])
+        self.alone, self.company = _Column(), _Column()
+        self.injected = _Mean()
+        self.closed = {key: _Mean() for key in ("exact", "exact_weight", "noisy", "noisy_weight")}
+        self.second_moments = [0.0, 0.0]  # exact, noisy
+        self.energy = _Mean()
+
+    def see(self, kind: str, caught: Caught) -> None:
+        """Evaluate the closed forms on a pass."""
+        form = predicted(self.place, caught)
+        self.closed[kind].add(form.travelling)
+        self.closed[f"{kind}_weight"].add(form.weight)
+
+    def inject(self, run: Passes, name: tuple[int, int], exact: Caught, noisy: Caught) -> None:
+        """The error on what travels on, in the pass of that name in which only this site is active."""
+        rows = isinstance(self.place.sketch, (Region, Mask))
+        self.energy.add(_square(exact.cotangents if rows else exact.grad_inputs))
+        if rows:
+            if len(exact.cotangents) != 1:
+                return self.injected.add(None)
+            run.keys.restart(*name)
+            run.keys.at(self.place.index)
+            return self.injected.add(measured_rows(self.place, exact.cotangents[0]))
+        pairs = zip(exact.grad_inputs, noisy.grad_inputs)
+        self.injected.add(_square([a - b for a, b in pairs]))
+
+    def row(self, names: list[str]) -> SiteError:
+        alone, company = self.alone.totals, self.company.totals
+        own = float(torch.stack(self.alone.samples)[:, self.own].sum(1).mean())
+        exact = Injected(self.closed["exact"].value, self.closed["exact_weight"].value)
+        noisy = Injected(self.closed["noisy"].value, self.closed["noisy_weight"].value)
+        below = float(alone.mean()) - own
+        gain = below / self.injected.value if self.injected.value else 0.0
+        second = self.second_moments
+        return SiteError(
+            name=self.place.name,
+            sketch=str(self.place.sketch),
+            injected=self.injected.value,
+            injected_weight=own,
+            energy=self.energy.value or 0.0,
+            predicted=exact.travelling,
+            predicted_weight=exact.weight,
+            alone=float(alone.mean()),
+            alone_error=_standard_error(alone),
+            company=float(company.mean()),
+            company_error=_standard_error(company),
+            predicted_alone=_arriving(exact, gain),
+            predicted_company=_arriving(noisy, gain),
+            growth=second[1] / second[0] if second[0] > 0 else math.nan,
+            alone_by_parameter=self.alone.by_parameter(names),
+            company_by_parameter=self.company.by_parameter(names),
+        )
+
+
+def _arriving(form: Injected, gain: float) -> float | None:
+    if form.travelling is None or form.weight is None:
+        return None
+    return form.weight + gain * form.travelling
+
+
+def _standard_error(samples: Tensor) -> float:
+    return float(samples.std() / samples.shape[0] ** 0.5)
+
+
+class _Tally:
+    """Runs the passes of each batch and turns what they show into a ledger."""
+
+    def __init__(self, run: Passes, order: Sequence[Place]) -> None:
+        self.run, self.names = run, list(run.parameters)
+        self.sites = [_SiteTally(place, run.parameters) for place in order]
+        self.total = _Column()
+        self.sum_of_squares, self.sum = 0.0, [torch.zeros(())]
+
+    def batch(self, batch: Any, number: int, draws: int) -> None:
+        exact, seen = self.run.observed(batch, number)
+        flat = [g.double() for g in exact]
+        self.sum_of_squares += sum(float(g.square().sum()) for g in flat)
+        self.sum = [a + b for a, b in zip(self.sum, flat)] if number else flat
+        for site in self.sites:
+            site.see("exact", seen[site.place.index])
+        for draw in range(draws):
+            self._draw(batch, number, draw, exact, seen)
+
+    def _draw(
+        self, batch: Any, number: int, draw: int, exact: list[Tensor], seen: dict[int, Caught]
+    ) -> None:
+        before, active = exact, []
+        for site in self.sites:
+            active.append(site.place.index)
+            now, noisy = self.run.observed(batch, number, active, draw)
+            site.company.add(now, before)
+            before = now
+            alone = noisy
+            if len(active) > 1:
+                now, alone = self.run.observed(batch, number, active[-1:], draw)
+            site.alone.add(now, exact)
+            index = site.place.index
+            site.inject(self.run, (number, draw), seen[index], alone[index])
+        self.total.add(before, exact)
+        for site in self.sites:
+            _second_moments(site, seen, noisy)
+            caught = noisy[site.place.index]
+            if draw < _CLOSED_FORM_DRAWS or _num_rows(caught) <= _MANY_ROWS:
+                site.see("noisy", caught)
+
+    def ledger(self, batches: int, draws: int, left_out: dict[str, str]) -> Ledger:
+        total = self.total.totals
+        cross = total - torch.stack([site.company.totals for site in self.sites]).sum(0)
+        sums = batches, self.sum_of_squares, sum(float(g.square().sum()) for g in self.sum)
+        noise = theory.sgd_variance(*sums) if batches > 1 else None
+        mean = theory.mean_square(*sums) if batches > 1 else 0.0
+        scale = None if noise is None else noise / mean if mean > 0 else math.inf
+        return Ledger(
+            sites=tuple(site.row(self.names) for site in self.sites),
+            total=float(total.mean()),
+            total_error=_standard_error(total),
+            cross=float(cross.mean()),
+            cross_error=_standard_error(cross),
+            sgd_variance=noise,
+            noise_scale=scale,
+            batches=batches,
+            draws=draws,
+            left_out=left_out,
+        )
+
+
+def _second_moments(site: _SiteTally, seen: dict[int, Caught], noisy: dict[int, Caught]) -> None:
+    for i, caught in enumerate((seen, noisy)):
+        site.second_moments[i] += _square(caught[site.place.index].cotangents)
+
+
+def _num_rows(caught: Caught) -> int:
+    return max((g.shape[:-1].numel() for g in caught.cotangents), default=0)
+
+
+def _square(tensors: Sequence[Tensor]) -> float:
+    return sum(float(t.detach().double().square().sum()) for t in tensors)
