@@ -189,9 +189,9 @@ def test_masks_shrink_the_row_sketches_below(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(sampling, "_draw", counting)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    bs.sketch_(model, {"": Mask(0.5), "0": bs.Rows(keep=0.25), "2": bs.Rows(keep=0.5)})
+    bs.sketch_(model, {"": Mask(0.25), "0": bs.Rows(keep=0.125), "2": bs.Rows(keep=0.5)})
     model(torch.randn(16, 4, requires_grad=True)).square().sum().backward()
-    assert sizes == [8, 4, 4, 1, 1]  # the mask's, then two products of each layer
+    assert sizes == [4, 4, 4, 2, 2]  # the mask's, then two products of each layer
 
 
 def test_masks_shrink_the_regions_below(drawn: list[tuple[Tensor, sampling.Sample]]) -> None:

@@ -199,19 +199,19 @@ def num_kept(n: int, keep: float) -> int:
 
 
 def num_live_kept(scores: Tensor, keep: float) -> int:
-    """:func:`num_kept` of the rows with a positive score, where counting them waits for nothing.
+    """:func:`num_kept`, but no more than there are rows with a positive score.
 
-    That is in eager code on the CPU. Elsewhere it is ``num_kept`` of all rows: more than needed below a
-    mask, never less.
+    They are counted where that waits for nothing, in eager code on the CPU. Elsewhere zero rows, below a
+    mask, say, may be drawn for nothing.
     """
-    n = scores.shape[0]
+    k = num_kept(scores.shape[0], keep)
     countable = (
         scores.device.type == "cpu"
         and type(scores) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_functorch_wrapped_tensor(scores)
     )
-    return num_kept(max(int(torch.count_nonzero(scores)), 1) if countable else n, keep)
+    return max(1, min(k, int(torch.count_nonzero(scores)))) if countable else k
 
 
 def inclusion_probabilities(scores: Tensor, k: int, floor: float = 0.0) -> Tensor:

@@ -46,7 +46,7 @@ class Rows(Estimator):
     matrix-vector product (equal where the rows of W are orthogonal, zero only where the target is).
 
     Args:
-        keep: the fraction k/N, in (0, 1]; k is rounded up. N counts the rows with a positive score where
+        keep: the fraction k/N, in (0, 1]; k is rounded up. Rows whose cotangent is zero are not drawn, where
             they can be counted without waiting for a device: eager code on the CPU.
         scores: ``"uniform"``, ``"l1"`` or ``"l2"`` (norm of the cotangent row), ``"optimal"``.
         design: how the rows are drawn, see :data:`backsketch.sampling.DESIGNS`. The default takes the
@@ -90,7 +90,7 @@ class Rows(Estimator):
         return draw(scores, self._num(scores), seed, stream, self.design)
 
     def _num(self, scores: Tensor) -> int:
-        """How many rows are drawn: below a mask most rows are zero, and k counts the others."""
+        """How many rows are drawn: below a mask no more than it left."""
         n = scores.shape[0]
         k = num_kept(n, self.fraction)
         return n if k >= n else num_live_kept(scores, self.fraction)

@@ -77,11 +77,12 @@ def _elements(
 
 def _rows(e: Rows, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, _: Tensor) -> Products:
     n = g.shape[0]
-    if num_kept(n, e.keep) >= n:
+    k = num_kept(n, e.keep)
+    if k >= n:
         return _exact(e, op, g, w, x)
     scores = e.input_scores(g, w), e.weight_scores(g, op.rows(x))
     first, second = (
-        draw(t, num_kept(int((t > 0).sum()), e.keep), s, stream, e.design)
+        draw(t, max(1, min(k, int((t > 0).sum()))), s, stream, e.design)
         for stream, t in enumerate(scores)
     )
     return (

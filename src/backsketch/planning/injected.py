@@ -106,6 +106,6 @@ def measured_rows(place: Place, cotangent: Tensor) -> float:
     scores, k = _row_draw(place.sketch, cotangent)
     if k >= scores.shape[0]:
         return 0.0
-    sample = row_ops.draw(scores, k, cotangent)
+    sample = sampling.draw(scores, k, sampling.next_seed(cotangent))
     factors = torch.full_like(scores, -1.0).index_add(0, sample.indices, sample.weights)
     return float((factors.double() * scores.double()).square().sum())
