@@ -117,7 +117,7 @@ def test_where_sites_compound_alone_sums_to_less_and_where_rows_nest_to_more():
         bs.Columns(keep=0.5),
         bs.Rows(keep=0.4),
         bs.StoredRows(keep=0.5),
-        bs.LowRank(keep=0.4),
+        bs.LowRank(keep=0.6),
         bs.Projection(keep=0.5),
         bs.Quantized(bits=2),
     ],
@@ -125,7 +125,7 @@ def test_where_sites_compound_alone_sums_to_less_and_where_rows_nest_to_more():
 def test_the_closed_forms_beside_the_measurement(sketch):
     model = plain()
     bs.sketch_(model, sketch)
-    ledger = bs.variance(model, batches(), loss_fn, draws=200)
+    ledger = bs.variance(model, batches(), loss_fn, draws=50)
     tiny = 1e-6 * ledger.total
     for site in ledger.sites:
         alone, company = 5 * site.alone_error + tiny, 5 * site.company_error + tiny
