@@ -36,6 +36,9 @@ from backsketch.estimators import StoredRows as StoredRows
 from backsketch.estimators import parse as parse
 from backsketch.nn import exact as exact
 from backsketch.planning import Ledger as Ledger
+from backsketch.planning import Plan as Plan
+from backsketch.planning import Profile as Profile
+from backsketch.planning import profile as profile
 from backsketch.planning import variance as variance
 from backsketch.regions import Mask as Mask
 from backsketch.regions import Region as Region

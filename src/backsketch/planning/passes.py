@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from backsketch.estimators import Sketch
 from backsketch.nn.swap import _EXACT, Swapped, is_swapped, sketch_of
 from backsketch.regions import RegionModule
-from backsketch.sampling import Keys, keyed
+from backsketch.sampling import Keys, get_rng_state, keyed, set_rng_state
 
-__all__ = ["Caught", "Passes", "Place", "passes", "places"]
+__all__ = ["Caught", "Passes", "Place", "passes", "places", "undisturbed"]
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
@@ -175,6 +175,22 @@ def passes(
         finally:
             for handle in handles:
                 handle.remove()
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; modes, buffers and every random stream as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    stream = get_rng_state()
+    with _repeatable(model, 0):
+        try:
+            if not model.training:
+                model.train()
+            yield
+        finally:
+            set_rng_state(stream)
             for module, training in modes.items():
                 module.training = training
 

@@ -1,0 +1,78 @@
+"""The bill of a plan, measured on the model that it was applied to."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from backsketch.nn.swap import exact
+from backsketch.planning.passes import passes, undisturbed
+from backsketch.planning.plan import Bill
+from backsketch.planning.slots import LossFn
+from backsketch.planning.storage import storages
+from backsketch.theory.cost import time_to_target_ratio
+from backsketch.theory.noise import mean_square, sgd_variance
+
+__all__ = ["measured_bill"]
+
+_ROUNDS = 7
+
+
+def measured_bill(
+    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, predicted: Bill
+) -> Bill:
+    """Step time in interleaved rounds, extra variance over the batches, saved bytes."""
+    data = list(batches)
+    if len(data) < 2:
+        raise ValueError(f"measure: needs at least two batches, got {len(data)}")
+    with undisturbed(model):
+        variance, beta = _noise(model, data, loss_fn)
+        ratio = _time_ratio(model, data[0], loss_fn)
+        size = sum(storages(model, lambda: loss_fn(model, data[0])).values())
+    rho = time_to_target_ratio(ratio, 1 + variance, beta)
+    return replace(predicted, time_ratio=ratio, extra_variance=variance, saved_bytes=size, rho=rho)
+
+
+def _noise(model: nn.Module, data: list[Any], loss_fn: LossFn) -> tuple[float, float]:
+    error, squares, total = 0.0, 0.0, None
+    with passes(model, loss_fn) as run:
+        everything = [place.index for place in run.places]
+        run.gradient(data[0], 0, everything)  # regions prove themselves
+        for number, batch in enumerate(data):
+            g = [t.double() for t in run.gradient(batch, number)]
+            squares += sum(float(t.square().sum()) for t in g)
+            total = g if total is None else [a + b for a, b in zip(total, g)]
+            for draw in range(2):
+                noisy = run.gradient(batch, number, everything, draw)
+                error += sum(float((a - b).square().sum()) for a, b in zip(noisy, g)) / 2
+    assert total is not None
+    sums = len(data), squares, sum(float(t.square().sum()) for t in total)
+    sgd, mean = sgd_variance(*sums), mean_square(*sums)
+    relative = error / len(data) / sgd if sgd > 0 else float("inf") if error else 0.0
+    return relative, sgd / mean if mean > 0 else float("inf")
+
+
+def _time_ratio(model: nn.Module, batch: Any, loss_fn: LossFn) -> float:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    ratios = []
+    for round_ in range(_ROUNDS + 2):
+        sketched = seconds()
+        with exact(model):
+            plain = seconds()
+        if round_ > 1:
+            ratios.append(sketched / plain)
+    return statistics.median(ratios)

@@ -1,0 +1,71 @@
+"""The kinds of sketch that a plan chooses from, as functions of keep: one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backsketch.estimators import Quantized, Rows, Sketch, Split
+from backsketch.planning.slots import Slot
+from backsketch.regions import Region
+
+__all__ = ["FAMILIES", "LADDER", "Family"]
+
+LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
+"""The keeps that plans and controllers use: few, so that nothing is compiled again and again."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to sketch a slot.
+
+    ``noise`` names the family whose extra variance it shares; ``keeps`` is empty where there is nothing to
+    choose; ``times`` are the keeps at which it is timed, time being affine in keep.
+    """
+
+    name: str
+    rules: Callable[[Slot, float], dict[str, Sketch]]
+    fits: Callable[[Slot], bool]
+    noise: str
+    keeps: tuple[float, ...] = LADDER
+    times: tuple[float, ...] = (0.75, 0.3)
+
+
+def _region(mode: str) -> Callable[[Slot, float], dict[str, Sketch]]:
+    def rules(slot: Slot, keep: float) -> dict[str, Sketch]:
+        assert slot.row_dims is not None
+        return {slot.name: Region(keep=keep, row_dims=slot.row_dims, mode=mode)}  # type: ignore[arg-type]
+
+    return rules
+
+
+def _on_layers(sketch: Callable[[float], Sketch]) -> Callable[[Slot, float], dict[str, Sketch]]:
+    return lambda slot, keep: {name: sketch(keep) for name in slot.layers}
+
+
+def _can_be_region(slot: Slot) -> bool:
+    return slot.row_dims is not None
+
+
+def _has_layers(slot: Slot) -> bool:
+    return bool(slot.layers)
+
+
+FAMILIES = (
+    Family("save", _region("save"), _can_be_region, "save"),
+    Family("recompute", _region("recompute"), _can_be_region, "save"),
+    Family(
+        "weights",
+        _on_layers(lambda keep: Split(grad_weight=Rows(keep=keep))),
+        _has_layers,
+        "weights",
+    ),
+    Family(
+        "quantized",
+        _on_layers(lambda _: Quantized(bits=4)),
+        _has_layers,
+        "quantized",
+        (1.0,),
+        (1.0,),
+    ),
+)
