@@ -220,3 +220,51 @@ def test_the_bound_holds_for_a_sketched_logistic_regression():
 def test_constants_out_of_range_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Steps to a target ----------------------------------------------------------------------------------------
+
+
+def noisy_quadratic(step, eigenvalues, covariance, start, steps):
+    """``E f`` of SGD with gradient covariance diag(C), exactly."""
+    squares, gaps = start**2, []
+    for _ in range(steps + 1):
+        gaps.append(float((eigenvalues * squares).sum() / 2))
+        squares = (1 - step * eigenvalues) ** 2 * squares + step**2 * covariance
+    return gaps
+
+
+@pytest.mark.parametrize("step", [0.02, 0.1, 0.3])
+def test_bias_and_noise_add_up_exactly_on_a_quadratic(step):
+    eigenvalues = torch.logspace(-2, 0.5, 12, dtype=torch.float64)
+    covariance = torch.linspace(0.1, 0.4, 12, dtype=torch.float64) ** 2
+    start = torch.ones(12, dtype=torch.float64)
+    total = float(covariance.sum())
+    spectrum = list(zip(eigenvalues.tolist(), (covariance / total).tolist()))
+    noisy = noisy_quadratic(step, eigenvalues, covariance, start, 300)
+    quiet = noisy_quadratic(step, eigenvalues, 0 * covariance, start, 300)
+    for t in (1, 10, 300):
+        predicted = quiet[t] + theory.noise_floor(step, total, spectrum, t)
+        assert noisy[t] == pytest.approx(predicted, rel=1e-9)
+    # Small steps: the plain variance decides, whatever the curvature.
+    assert theory.noise_floor(1e-4, total, spectrum) == pytest.approx(1e-4 * total / 4, rel=1e-3)
+    # The mutation: half the noise.
+    assert noisy[300] > 1.01 * (quiet[300] + theory.noise_floor(step, total / 2, spectrum, 300))
+    # And the number of steps follows.
+    target = noisy[150]
+    times = [step * t for t in range(301)]
+    found = theory.steps_to_target(step, target, times, quiet, total, spectrum)
+    assert found == pytest.approx(150, abs=1)
+
+
+def test_a_target_below_the_noise_is_out_of_reach():
+    times, gaps, spectrum = [0.0, 1.0, 50.0], [1.0, 0.5, 1e-9], [(1.0, 1.0)]
+    assert theory.steps_to_target(0.1, 0.1, times, gaps, 40.0, spectrum) == math.inf
+    assert theory.noise_floor(2.5, 1.0, spectrum) == math.inf
+    assert theory.steps_to_target(0.1, 2.0, times, gaps, 0.0, spectrum) == 0.0
+    for wrong in (
+        lambda: theory.noise_floor(0.0, 1.0, spectrum),
+        lambda: theory.steps_to_target(0.1, 0.1, [0.0], [1.0], 0.0, spectrum),
+    ):
+        with pytest.raises(ValueError, match=r"must|need"):
+            wrong()

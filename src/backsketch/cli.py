@@ -15,6 +15,7 @@ def make_app() -> typer.Typer:
     """The application with all its commands."""
     import typer
 
+    from backsketch.experiments.commands import report_command, sweep_command
     from backsketch.planning.bench_command import bench_command
     from backsketch.train.command import train_command
 
@@ -28,6 +29,8 @@ def make_app() -> typer.Typer:
     app.callback()(_commands)
     app.command("train")(train_command)
     app.command("bench")(bench_command)
+    app.command("sweep")(sweep_command)
+    app.command("report")(report_command)
     return app
 
 

@@ -26,6 +26,8 @@ from backsketch.theory.noise import mean_square as mean_square
 from backsketch.theory.noise import noise_scale as noise_scale
 from backsketch.theory.noise import noise_scale_at as noise_scale_at
 from backsketch.theory.noise import sgd_variance as sgd_variance
+from backsketch.theory.steps import noise_floor as noise_floor
+from backsketch.theory.steps import steps_to_target as steps_to_target
 from backsketch.theory.variance import horvitz_thompson as horvitz_thompson
 from backsketch.theory.variance import joint_inclusion_systematic as joint_inclusion_systematic
 from backsketch.theory.variance import low_rank as low_rank

@@ -1,0 +1,151 @@
+"""Where results live: one small JSON per finished job, and one file per sweep that is committed.
+
+``FOLDER/jobs/ID.json`` is written the moment a job ends, whole or not at all, so that a sweep that is
+killed continues. When the sweep is complete they are gathered in ``FOLDER/sweep.json``: one file, readable
+in a diff, instead of hundreds. A fresh clone that has only the latter finds every job finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backsketch.experiments.config import Job, SweepConfig, SweepError
+
+__all__ = ["Store", "Sweep"]
+
+SWEEP, JOBS = "sweep.json", "jobs"
+
+
+class Store:
+    """The results of one sweep on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Every record by job id; a job's own file is newer than the gathered one."""
+        found = {}
+        gathered = self.folder / SWEEP
+        if gathered.is_file():
+            found = {record["id"]: record for record in _read(gathered)["jobs"]}
+        for path in sorted((self.folder / JOBS).glob("*.json")):
+            record = _read(path)
+            found[record["id"]] = record
+        return found
+
+    def finished(self) -> set[str]:
+        """Ids of the jobs that need not run again; failed ones are tried again."""
+        return {i for i, record in self.records().items() if record["status"] == "done"}
+
+    def save(self, job: Job, record: Mapping[str, Any]) -> None:
+        """Write the outcome of a job."""
+        head = {"id": job.id, "problem": job.problem, "options": dict(job.options)}
+        write(self.folder / JOBS / f"{job.id}.json", {**head, **record})
+
+    def gather(self, config: SweepConfig) -> None:
+        """Write all records of a sweep's jobs into one file, and drop the single ones."""
+        records = self.records()
+        jobs = [records[job.id] for job in config.jobs() if job.id in records]
+        head = {"name": config.name, "report": config.report, "about": config.about}
+        write(self.folder / SWEEP, {**head, "machine": machine(), "jobs": jobs})
+        for path in (self.folder / JOBS).glob("*.json"):
+            path.unlink()
+        if (self.folder / JOBS).is_dir():
+            (self.folder / JOBS).rmdir()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A gathered sweep, as a report reads it."""
+
+    name: str
+    report: str
+    about: str
+    machine: Mapping[str, Any]
+    jobs: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Sweep:
+        """Read ``sweep.json``, or the folder that it is in.
+
+        Raises:
+            SweepError: there is none, or it is damaged.
+        """
+        path = path / SWEEP if path.is_dir() else path
+        content = _read(path)
+        try:
+            return cls(**{**content, "jobs": tuple(content["jobs"])})
+        except (KeyError, TypeError) as error:
+            raise SweepError(f"{path} is not the result of a sweep: {error}") from error
+
+    def done(self, problem: str) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        """``(options, result)`` of the finished jobs of a problem."""
+        for job in self.jobs:
+            if job["problem"] == problem and job["status"] == "done":
+                yield job["options"], job["result"]
+
+    @property
+    def failed(self) -> list[Mapping[str, Any]]:
+        """Records of the jobs that failed."""
+        return [job for job in self.jobs if job["status"] == "failed"]
+
+
+def machine() -> dict[str, Any]:
+    """What decides the numbers beside the options."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpus": os.cpu_count(),
+        "architecture": platform.machine(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all: a record per line, numbers that JSON lacks as null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(_lines(_plain(content)) + "\n")
+    os.replace(partial, path)
+
+
+def _lines(content: dict[str, Any]) -> str:
+    parts = []
+    for key, value in content.items():
+        text = json.dumps(value, allow_nan=False)
+        if key == "jobs":
+            text = "[\n" + ",\n".join(json.dumps(job, allow_nan=False) for job in value) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{" + ",\n".join(parts) + "}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        finite = value == value and abs(value) != float("inf")
+        return float(f"{value:.6g}") if finite else None
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise SweepError(f"there is no {path}: run `backsketch sweep` first") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise SweepError(f"{path} is damaged: {error}; remove it to run its jobs again") from error
+    if not isinstance(content, dict):
+        raise SweepError(f"{path} is not the result of a sweep")
+    return content

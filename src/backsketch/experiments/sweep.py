@@ -1,0 +1,81 @@
+"""``backsketch sweep``: run what is missing, keep what is there."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from backsketch.experiments.config import SweepConfig
+from backsketch.experiments.live import LiveTable
+from backsketch.experiments.pool import outcomes
+from backsketch.experiments.store import Store
+
+__all__ = ["run_sweep"]
+
+
+def run_sweep(
+    config: SweepConfig,
+    out: Path,
+    *,
+    workers: int | None = None,
+    data: Path | None = None,
+    console: Console | None = None,
+) -> list[str]:
+    """Run the jobs of a sweep that have no result yet.
+
+    Idempotent: with all results there it does nothing. After an interruption of any kind it continues
+    with what is missing; failed jobs are recorded, do not stop the others, and are tried again next time.
+
+    Args:
+        config: the sweep.
+        out: parent of the result folder ``out/NAME``.
+        workers: processes; by default the configuration's.
+        data: folder with local copies of datasets.
+        console: where progress goes.
+
+    Returns:
+        Labels of the jobs that failed.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; finished jobs are kept.
+    """
+    store = Store(out / config.name)
+    jobs = config.jobs()
+    finished = store.finished()
+    missing = [job for job in jobs if job.id not in finished]
+    failed = []
+    count = config.workers if workers is None else workers
+    stream = outcomes(missing, count, config.threads, None if data is None else str(data))
+    live = LiveTable(console or Console(), config.name, len(jobs), len(jobs) - len(missing))
+    with live, _terminable(), closing(stream):  # processes end with the sweep, however it ends
+        for job, record in stream:
+            store.save(job, record)
+            live.ended(job, record)
+            if record["status"] == "failed":
+                failed.append(job.label)
+    if missing:
+        store.gather(config)
+    return failed
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that worker processes are not left behind."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
