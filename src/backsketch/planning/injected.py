@@ -104,8 +104,11 @@ def measured_rows(place: Place, cotangent: Tensor) -> float:
     """``‖error‖²`` that the next draw of a region or mask puts on this cotangent."""
     assert isinstance(place.sketch, (Region, Mask))
     scores, k = _row_draw(place.sketch, cotangent)
-    if k >= scores.shape[0]:
+    if isinstance(place.sketch, Region):
+        sample = sampling.draw_live(scores, place.sketch.keep)
+    else:
+        sample = sampling.draw(scores, k, sampling.next_seed(cotangent))
+    if sample is None:
         return 0.0
-    sample = sampling.draw(scores, k, sampling.next_seed(cotangent))
     factors = torch.full_like(scores, -1.0).index_add(0, sample.indices, sample.weights)
     return float((factors.double() * scores.double()).square().sum())
