@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
+
+from backsketch.experiments.store import Sweep
+from backsketch.experiments.views import VIEWS
+from backsketch.experiments.views import trade_off as cost
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?)(<!-- end -->)", re.S)
@@ -76,11 +81,54 @@ def host_time() -> str:
     return _markdown(header, rows)
 
 
+def _sweep(name: str) -> Sweep:
+    return Sweep.load(ROOT / "results" / name)
+
+
+def _page_table(name: str) -> str:
+    sweep = _sweep(name)
+    (table,) = VIEWS[sweep.report](sweep).tables
+    return _markdown(list(table.header), [list(row) for row in table.rows])
+
+
+TASKS = {
+    "logistic_digits": "logistic regression, digits",
+    "logistic_mnist": "logistic regression, MNIST",
+    "mlp_mnist": "MLP, MNIST",
+}
+
+
+def trade_off() -> str:
+    """Cost to the target, predicted and measured, of every arm on every task; below 1 in bold."""
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for task in TASKS:
+        exact, *others = cost.arms(_sweep(task))
+        for arm in others:
+            pair = " / ".join(_cost(value) for value in cost.ratios(arm, exact))
+            cells.setdefault((arm.family, arm.keep), {})[task] = pair
+    ordered = sorted(cells.items(), key=lambda item: (item[0][0], -item[0][1]))
+    rows = [
+        [f"{family}, {'share' if family == 'smaller batch' else 'keep'} {keep:g}"]
+        + [found.get(task, "") for task in TASKS]
+        for (family, keep), found in ordered
+    ]
+    return _markdown(["cost to target, predicted / measured", *TASKS.values()], rows)
+
+
+def _cost(value: float | None) -> str:
+    if value is None or math.isinf(value):
+        return "not reached"
+    return f"**{value:.2f}**" if value < 0.995 else f"{value:.2f}"
+
+
 TABLES = {
     "host_time": host_time,
     "real_variance": real_variance,
     "layer_time": layer_time,
     "regions": regions,
+    "depth": lambda: _page_table("depth"),
+    "ledgers": lambda: _page_table("ledgers"),
+    "trade_off": trade_off,
 }
 
 

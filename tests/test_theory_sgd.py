@@ -132,9 +132,8 @@ def test_theorem_3_holds_on_a_non_convex_function_and_half_its_noise_does_not(n)
         x = x - step * noisy
     measured, error = float(squares.mean()), float(squares.std() / chains**0.5)
     assert measured - 5 * error <= nonconvex_bound(steps, step, gap, 1.0, n)
-    assert measured - 5 * error > nonconvex_bound(steps, step, gap, 1.0, halved(n)) * (
-        0.999 if n.relative == 0 else 0
-    )
+    if n.relative == 0:  # with relative noise the bound has room on this function
+        assert measured - 5 * error > nonconvex_bound(steps, step, gap, 1.0, halved(n))
 
 
 def test_theorem_3_is_an_equality_in_the_stationary_regime_of_a_quadratic():

@@ -82,6 +82,7 @@ def _pooled(
     )
     pending: dict[Future[Any], Job] = {}
     waiting = list(jobs)
+    finished = False
     try:
         while waiting or pending:
             # No more than there are processes, so that a broken pool has few suspects.
@@ -94,13 +95,15 @@ def _pooled(
                     yield pending.pop(future), future.result()
             if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
                 return list(pending.values()), waiting
+        finished = True
         return [], []
     except BrokenProcessPool:  # while a job was handed over
         return list(pending.values()), [job, *waiting]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
+        if not finished:  # no need to wait for what nobody will read
+            for child in set(multiprocessing.active_children()) - before:
+                child.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _enter(threads: int, data: str | None) -> None:

@@ -21,7 +21,7 @@ from backsketch.nn.swap import _EXACT, Swapped, is_swapped, sketch_of
 from backsketch.regions import RegionModule
 from backsketch.sampling import Keys, get_rng_state, keyed, set_rng_state
 
-__all__ = ["Caught", "Passes", "Place", "passes", "places", "undisturbed"]
+__all__ = ["Caught", "Passes", "Place", "has_region", "passes", "places", "undisturbed"]
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]

@@ -183,8 +183,8 @@ def _figure(found: list[Arm]) -> Figure:
     _scale(right, found, [v for pair in costs.values() for v in pair])
     dress(left, "keep (share of the batch)", "steps", "steps to target; line: exact")
     dress(right, "keep (share of the batch)", "relative to exact", "steps × arithmetic of a step")
-    left.plot([], [], "o-", color="#5b6770", label="measured")
-    left.plot([], [], "--", color="#5b6770", label="predicted")
+    left.plot([], [], "o-", color="#2b2d34", label="measured")
+    left.plot([], [], "x--", color="#2b2d34", label="predicted")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     return figure
@@ -208,7 +208,8 @@ def _curve(
 def _scale(axes: Axes, found: list[Arm], values: list[float | None]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
-    keeps = sorted({arm.keep for arm in found})
+    keeps = sorted({arm.keep for arm in found[1:]})
+    axes.set_xlim(keeps[0] / 1.15, keeps[-1] * 1.15)
     axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
     known = [value for value in values if value is not None and math.isfinite(value)]
     low, high = min(known) / 1.1, max(known) * 1.1
