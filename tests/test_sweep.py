@@ -27,6 +27,8 @@ from backsketch.experiments.problems.descent import Descent, run
 from backsketch.experiments.problems.noise import GaussNewton
 from backsketch.experiments.problems.objective import objective
 from backsketch.experiments.report import report
+from backsketch.experiments.store import Sweep
+from backsketch.experiments.views import trade_off
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "benchmarks" / "sweeps").glob("*.json"))
@@ -176,13 +178,23 @@ def test_a_killed_command_continues(tmp_path):
     deadline = time.monotonic() + 120
     while not list(jobs.glob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]  # none waits forever
     before = Store(tmp_path / "tiny").finished()
     assert before
     config = SweepConfig.load(path)
     run_sweep(config, tmp_path, workers=0, console=quiet())
     assert Store(tmp_path / "tiny").finished() == {job.id for job in config.jobs()}
+
+
+def children(pid: int) -> list[str]:
+    """Process ids of a process's children; none where the system has no such list."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for found in lists for child in found.read_text().split()]
 
 
 def test_results_do_not_depend_on_order_or_process(config, tmp_path):
@@ -309,3 +321,35 @@ def test_descent_counts_steps_and_cost():
 
 def test_exports():
     assert experiments.run_sweep is run_sweep
+
+
+# What README says of the committed results -----------------------------------------------------------------
+
+TASKS = [
+    name
+    for name in ("logistic_digits", "logistic_mnist", "mlp_mnist")
+    if (ROOT / "results" / name).is_dir()
+]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_readme_says_about_gains_is_what_was_measured(task):
+    exact, *others = trade_off.arms(Sweep.load(ROOT / "results" / task))
+    costs = {(arm.family, arm.keep): trade_off.ratios(arm, exact) for arm in others}
+    assert costs["rows", 0.5][1] < 0.9
+    assert costs["rows", 0.5][0] < 0.95  # and predicted
+    for (family, _), (predicted, measured) in costs.items():
+        if family in ("elements", "rows, uniform", "stored rows"):
+            assert predicted > 1
+            assert measured is None or measured > 1
+        if family == "smaller batch":
+            assert measured is None or measured == pytest.approx(1, abs=0.15)
+    for arm in others:
+        uniform = arm.family in ("elements", "rows, uniform")
+        if uniform and task != "mlp_mnist":  # v = 1/p with one site; with several they compound
+            assert arm.multiplier == pytest.approx(1 / arm.keep, rel=0.15)
+
+
+def test_predictions_without_noise_or_runs_are_refused():
+    with pytest.raises(SweepError, match="noise job"):
+        trade_off.arms(Sweep("x", "trade_off", "", {}, ()))

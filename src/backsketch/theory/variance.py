@@ -96,7 +96,7 @@ def systematic(pi: Tensor, gram: Tensor) -> Tensor:
     change = scaled[chosen[after + 1, which]] - scaled[chosen[after, which]]
     products = products.index_add_(0, after + 1, change).cumsum(0)
     squares = products.gather(1, chosen).sum(1)
-    return (lengths * squares).sum() - possible @ gram @ possible
+    return ((lengths * squares).sum() - possible @ gram @ possible).clamp(min=0)  # rounding
 
 
 def elements(keep: float, squared_norms: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ __all__ = ["ARMS", "Depth", "run"]
 
 ARMS = {
     "independent: columns": lambda keep: bs.Columns(keep=keep),
-    "independent: uniform rows": lambda keep: bs.Rows(keep, "uniform", "independent"),
+    "independent: elements": lambda keep: bs.Elements(keep),
     "optimal rows, which nest": lambda keep: bs.Rows(keep),
     "shared: one mask": lambda keep: {"": bs.Mask(keep)},
     "grad_weight only": lambda keep: bs.Split(grad_weight=bs.Rows(keep)),
@@ -33,7 +33,7 @@ class Depth:
 
     Attributes:
         depth: hidden layers.
-        residual: ``x + relu(W x)`` in place of ``relu(W x)``.
+        residual: ``x + tanh(W x)`` in place of ``tanh(W x)``.
         arm: a key of :data:`ARMS`.
         keep: of every sketch.
         draws: backward passes.
@@ -53,10 +53,10 @@ class _Layer(nn.Module):
         super().__init__()
         self.linear, self.residual = nn.Linear(width, width), residual
         if not residual:  # keeps the exact signal's size; a residual stream keeps it by itself
-            nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
+            nn.init.xavier_normal_(self.linear.weight, nn.init.calculate_gain("tanh"))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.linear(x))
+        y = torch.tanh(self.linear(x))  # no dead units, which columns would leave out for free
         return x + y if self.residual else y
 
 

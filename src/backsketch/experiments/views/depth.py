@@ -20,7 +20,7 @@ def page(sweep: Sweep) -> Page:
     for axes, residual in zip(panels, (False, True)):
         own = [(o, r) for o, r in jobs if o["residual"] == residual]
         _panel(axes, own)
-        title = "residual, x + relu(W x)" if residual else "plain, relu(W x)"
+        title = "residual, x + tanh(W x)" if residual else "plain, tanh(W x)"
         dress(axes, "layers", "second moment of the cotangent / exact", title)
     top = max(axes.get_ylim()[1] for axes in panels)
     for axes in panels:

@@ -16,7 +16,17 @@ from backsketch.experiments.config import SweepError
 from backsketch.experiments.store import Sweep
 from backsketch.experiments.views.page import COLOURS, Page, TextTable, dress, new_figure
 
-__all__ = ["Arm", "arms", "page"]
+__all__ = ["Arm", "arms", "page", "ratios"]
+
+FAMILIES = (
+    "rows",
+    "columns",
+    "low rank",
+    "elements",
+    "rows, uniform",
+    "smaller batch",
+    "stored rows",
+)
 
 
 @dataclass(frozen=True)
@@ -168,10 +178,9 @@ def _figure(found: list[Arm]) -> Figure:
     figure, (left, right) = new_figure(2, 11, 4.6)
     exact = found[0]
     costs = {id(arm): ratios(arm, exact) for arm in found}
-    families = list(dict.fromkeys(arm.family for arm in found[1:]))
-    for number, family in enumerate(families):
+    for family in dict.fromkeys(arm.family for arm in found[1:]):
         own = [arm for arm in found if arm.family == family]
-        colour = COLOURS[number % len(COLOURS)]
+        colour = COLOURS[FAMILIES.index(family) % len(COLOURS) if family in FAMILIES else -1]
         _curve(left, own, [a.steps for a in own], [a.predicted_steps for a in own], colour, family)
         both = [costs[id(arm)] for arm in own]
         _curve(right, own, [b for _, b in both], [a for a, _ in both], colour, family)
