@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from backsketch.experiments.store import Sweep
 from backsketch.experiments.views.page import Page, TextTable
 from backsketch.planning import Ledger
@@ -16,7 +18,7 @@ def page(sweep: Sweep) -> Page:
         ledger = Ledger.from_dict(result["ledger"])
         name = options["name"]
         rows.append(_row(name, ledger))
-        figures[f"{sweep.name}-{name.replace(' ', '-')}"] = ledger.plot()
+        figures[re.sub(r"[^\w.]+", "-", name).lower()] = ledger.plot()
     header = (
         "model and sketch", "v, predicted", "v, measured", "β", "sum in company", "total", "sum alone",
     )  # fmt: skip
