@@ -48,8 +48,8 @@ def noise_floor(
         ValueError: a step size that is not positive, or negative values.
 
     Example:
-        >>> noise_floor(0.1, 4.0, [(0.0001, 1.0)])  # flat: eta v sigma² / 4
-        0.1000005000025...
+        >>> round(noise_floor(0.1, 4.0, [(0.0001, 1.0)]), 3)  # flat: eta v sigma² / 4
+        0.1
         >>> noise_floor(0.1, 4.0, [(10.0, 1.0)], steps=1)  # sharp: relaxed at once, and larger
         0.2
     """
