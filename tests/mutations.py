@@ -10,6 +10,7 @@ from torch import Tensor
 
 import backsketch as bs
 from backsketch import sampling
+from backsketch.rounding import eager, native
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
@@ -52,8 +53,31 @@ def halve_the_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_uniform", lambda *a: uniform(*a) / 2)
 
 
+def halve_the_dither(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for stochastic rounding, whose uniforms come from a hash: more is rounded down."""
+    uniforms = eager._uniforms
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(eager, "_uniforms", lambda *a: tuple(u / 2 for u in uniforms(*a)))
+
+
+def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dither at all."""
+    uniforms = eager._uniforms
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(eager, "_uniforms", lambda *a: tuple(u * 0 + 0.5 for u in uniforms(*a)))
+
+
+def one_rounding_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two roundings of a pair are the same one, as a plain quantizer would have it."""
+    uniforms = eager._uniforms
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(eager, "_uniforms", lambda *a: (u := uniforms(*a)[0], u.clone()))
+
+
 def mutation_of(estimator: bs.Estimator) -> Mutation:
     """An error that breaks the unbiasedness of this estimator."""
-    if isinstance(estimator, bs.Elements | bs.Quantized):
+    if isinstance(estimator, bs.Quantized):
+        return halve_the_dither
+    if isinstance(estimator, bs.Elements):
         return halve_the_uniforms
     return redraw_the_signs if isinstance(estimator, bs.Projection) else drop_the_weights

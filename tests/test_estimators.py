@@ -14,6 +14,7 @@ from backsketch.ops.reference import sketched_vjp
 from backsketch.sampling import next_seed
 from backsketch.testing import Moments, _check_directions, _check_entries
 from cases import ESTIMATORS, FAMILIES, LAYERS, Layer, conv, linear
+from mutations import round_to_nearest
 
 DRAWS = 700
 Z = 6.0
@@ -198,8 +199,7 @@ def test_a_projection_drawn_anew_in_the_backward_is_found(kind):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_rounding_to_nearest_instead_of_stochastically_is_found(bits, monkeypatch):
-    half = lambda like, seed, stream=0: torch.full_like(like, 0.5)  # noqa: E731
-    monkeypatch.setattr("backsketch.estimators.quantized.uniform_like", half)
+    round_to_nearest(monkeypatch)
     with pytest.raises(AssertionError, match="biased"):
         check(moments(bs.Quantized(bits=bits), linear(seed=7)))
 

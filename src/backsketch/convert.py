@@ -172,6 +172,8 @@ def _resolve_layers(
             continue
         index = tree.first_rule(module, patterns)
         sketch = None if index is None else patterns[index][1]
+        if adapter.for_savers and not _is_site(tree, module, patterns, index):
+            continue
         site = Site(name, type(module).__name__, None)
         if index is None:
             site.reason = "no rule matches it"
@@ -191,8 +193,20 @@ def _resolve_layers(
         resolution.add(site, module)
 
 
+def _is_site(tree: Tree, module: nn.Module, patterns: Patterns, index: int | None) -> bool:
+    """Whether an activation or a norm belongs in the report: a saver acts there, or a rule names it."""
+    sketch = None if index is None else patterns[index][1]
+    if not isinstance(sketch, Estimator) or sketch.is_exact():
+        return False
+    return refusal(module, sketch) is None or tree.direct_rule(module, patterns) == index
+
+
 def _fill(site: Site, module: nn.Module, adapter: Adapter, sketch: Estimator) -> None:
-    site.sketch, site.work, site.saved = sketch, sketch.work(), sketch.saved()
+    site.sketch = sketch
+    if adapter.keeps is not None:
+        site.saved, site.reason = adapter.keeps(module, sketch), adapter.note
+        return
+    site.work, site.saved = sketch.work(), sketch.saved()
     size = sum(weight.numel() for _, weight in adapter.weights(module))
     if size < _SMALL_WEIGHT:
         site.reason = "small: expect no gain in time"
@@ -208,7 +222,8 @@ def _without_effect(patterns: Patterns, outcomes: Outcomes, tree: Tree) -> list[
             reasons = "; ".join(sorted({reason for reason in outcomes[i] if reason}))
             problems.append(f"{show(pattern)}: {type(sketch).__name__} cannot act there: {reasons}")
             continue
-        below = [m for _, top in matched for m in top.modules() if adapter_of(m)]
+        known = [adapter_of(m) for _, top in matched for m in top.modules()]
+        below = [adapter for adapter in known if adapter and not adapter.for_savers]
         if below:
             problems.append(
                 f"{show(pattern)} has no effect: earlier patterns match all of its layers"

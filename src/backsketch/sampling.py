@@ -30,10 +30,12 @@ __all__ = [
     "draw",
     "get_rng_state",
     "inclusion_probabilities",
+    "key_of",
     "keyed",
     "next_seed",
     "num_kept",
     "num_live_kept",
+    "operator",
     "seed",
     "set_rng_state",
     "signs",
@@ -345,7 +347,8 @@ whose variance formulas are exact, it saves nothing)."""
 _LIB = torch.library.Library("backsketch", "FRAGMENT")
 
 
-def _operator(schema: str, implementation: Any, fake: Any, vmap: Any = None) -> Any:
+def operator(schema: str, implementation: Any, fake: Any, vmap: Any = None) -> Any:
+    """Define an opaque operator ``backsketch::name``: its implementation, shapes and vmap rule."""
     name = schema.split("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, implementation, "CompositeExplicitAutograd")
@@ -397,6 +400,12 @@ def _fresh() -> int:
     return _mix(_STREAM.seed, _rank(), _STREAM.advance())
 
 
+def key_of(seed: Tensor, stream: int) -> tuple[int, int]:
+    """Two 32-bit words for a counter-based hash, from a seed and the number of a stream."""
+    word = _mix(int(seed), stream)
+    return word & 0xFFFFFFFF, word >> 32
+
+
 def _next_seed_impl(anchors: Sequence[Tensor]) -> Tensor:
     return torch.tensor(_fresh())
 
@@ -443,24 +452,24 @@ def _signs_impl(like: Tensor, rows: int, columns: int, seed: Tensor, stream: int
     return bits.to(like.dtype).mul_(2).sub_(1)
 
 
-_next_seed = _operator(
+_next_seed = operator(
     "next_seed(Tensor[] anchors) -> Tensor",
     _next_seed_impl,
     lambda anchors: torch.empty((), dtype=torch.int64, device="cpu"),
     _next_seed_vmap,
 )
-_draw = _operator(
+_draw = operator(
     "draw(Tensor scores, SymInt k, Tensor seed, int stream, str design, float floor)"
     " -> (Tensor, Tensor)",
     _draw_impl,
     _draw_fake,
 )
-_uniform = _operator(
+_uniform = operator(
     "uniform_like(Tensor like, Tensor seed, int stream) -> Tensor",
     _uniform_impl,
     lambda like, seed, stream: torch.empty(like.shape, device=like.device),
 )
-_signs = _operator(
+_signs = operator(
     "signs(Tensor like, SymInt rows, SymInt columns, Tensor seed, int stream) -> Tensor",
     _signs_impl,
     lambda like, rows, columns, seed, stream: like.new_empty(rows, columns),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from backsketch.estimators.bilinear import Bilinear
+    from backsketch.rounding import Rounding
 
 __all__ = ["Estimator", "Sketch", "check_choice", "check_keep", "nonfinite", "register", "spec"]
 
@@ -76,6 +77,13 @@ class Estimator(Sketch):
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         """What the forward pass saves of its input for ``grad_weight``: by default the input."""
         return (x,)
+
+    def rounding(self) -> Rounding | None:
+        """How this estimator keeps a tensor that the backward pass needs in its full shape, if it can.
+
+        Activations, norms and attention save through it; None means that they are left exact.
+        """
+        return None
 
     stores_randomly: ClassVar[bool] = False
     """Whether :meth:`store` needs a seed of the forward pass."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from backsketch.estimators.base import Estimator, check_choice, register
 from backsketch.estimators.bilinear import Bilinear
-from backsketch.sampling import uniform_like
+from backsketch.rounding import Rounding, units
 from backsketch.theory import variance
 
 __all__ = ["Quantized"]
@@ -27,6 +25,10 @@ class Quantized(Estimator):
     .. math:: \tilde x = a + \Delta \lfloor (x-a)/\Delta + u \rfloor, \qquad u \sim U[0,1)
 
     Unbiased: :math:`E\lfloor t+u \rfloor = t`, and ``grad_weight`` is linear in X. ``grad_input`` is exact.
+    (The uniforms have 16 bits: the bias of an entry is at most :math:`2^{-17}\Delta`.)
+
+    Beyond the inputs of linear layers it saves the same way, still without bias, what element-wise
+    activations, norms and dot-product attention keep: see :mod:`backsketch.ops`.
 
     Variance: :math:`\sum_{ij} \|g_i\|^2 \Delta_{ij}^2 f_{ij}(1-f_{ij}) \le \sum_{ij} \|g_i\|^2 \Delta_{ij}^2/4`
     with f the fractional part of :math:`(x-a)/\Delta`; for convolutions the same with the product
@@ -59,61 +61,31 @@ class Quantized(Estimator):
                 f"Quantized: group_size must be a positive multiple of 8; got {size!r}"
             )
 
+    def rounding(self) -> Rounding:
+        return Rounding(self.bits, self.group_size)
+
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         if seed is None or x.numel() == 0:
             return (x,)
-        lowest, step, scaled = self._levels(x)
-        top = 2**self.bits - 1
-        codes = (scaled + uniform_like(scaled, seed)).floor().clamp(0, top).to(torch.uint8)
-        # The empty tensor carries shape and dtype: everything that is saved is a tensor.
-        return (
-            self._pack(codes),
-            lowest,
-            step,
-            x.new_empty((0, *x.shape[1:])),
-            x.new_empty(x.shape[0], 0),
-        )
+        # The empty tensors carry shape and dtype: everything that is saved is a tensor.
+        shape = x.new_empty((0, *x.shape[1:])), x.new_empty(x.shape[0], 0)
+        return *self.rounding().pack(x, seed), *shape
 
     def estimate_weight(
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
     ) -> Tensor:
         if len(stored) == 1:
             return op.weight_vjp(cotangent, op.rows(stored[0]))
-        packed, lowest, step, tail, head = stored
-        flat = (lowest + step * self._unpack(packed)).flatten()
+        codes, scales, tail, head = stored
         shape = (head.shape[0], *tail.shape[1:])
-        x = flat[: math.prod(shape)].view(shape).to(tail.dtype)
-        return op.weight_vjp(cotangent, op.rows(x))
-
-    def _levels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Minimum and step of each group, ``(groups, 1)``, and the entries in units of the step."""
-        flat = x.detach().flatten().to(torch.promote_types(x.dtype, torch.float32))
-        short = -flat.shape[0] % self.group_size
-        if short:
-            flat = torch.cat([flat, flat[-1:].expand(short)])
-        groups = flat.view(-1, self.group_size)
-        lowest, highest = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-        step = (highest - lowest) / (2**self.bits - 1)
-        return lowest, step, (groups - lowest) / torch.where(step > 0, step, 1.0)
-
-    def _pack(self, codes: Tensor) -> Tensor:
-        per_byte = 8 // self.bits
-        parts = codes.view(codes.shape[0], per_byte, -1)
-        packed = parts[:, 0]
-        for i in range(1, per_byte):
-            packed = packed | (parts[:, i] << (i * self.bits))
-        return packed.contiguous()
-
-    def _unpack(self, packed: Tensor) -> Tensor:
-        mask = 2**self.bits - 1
-        parts = [(packed >> (i * self.bits)) & mask for i in range(8 // self.bits)]
-        return torch.cat(parts, 1)
+        x = self.rounding().restore((codes, scales), shape, cotangent)
+        return op.weight_vjp(cotangent, op.rows(x.to(tail.dtype)))
 
     def saved(self) -> float:
-        return self.bits / 32 + 2 / self.group_size
+        return self.rounding().share()
 
     def weight_variance(self, op: Bilinear, cotangent: Tensor, x: Tensor) -> Tensor:
-        _, step, scaled = self._levels(x)
-        spread = variance.quantized(step, scaled - scaled.floor()).flatten()
-        per_entry = op.rows(spread[: x.numel()].view(x.shape))
+        step, levels = units(x, self.rounding())
+        spread = variance.quantized(step, levels - levels.floor())
+        per_entry = op.rows(spread.view(x.shape))
         return op.weight_vjp(cotangent.double().square(), per_entry).sum()

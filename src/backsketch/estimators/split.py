@@ -9,6 +9,7 @@ from torch import Tensor
 from backsketch.estimators.base import Estimator, register
 from backsketch.estimators.bilinear import Bilinear
 from backsketch.estimators.exact import Exact
+from backsketch.rounding import Rounding
 
 __all__ = ["Split"]
 
@@ -66,6 +67,9 @@ class Split(Estimator):
 
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         return self._weight.store(op, x, seed)
+
+    def rounding(self) -> Rounding | None:
+        return self._weight.rounding()
 
     def estimate_input(
         self, op: Bilinear, cotangent: Tensor, weight: Tensor, seed: Tensor

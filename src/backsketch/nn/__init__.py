@@ -1,8 +1,10 @@
 """Swap classes and adapters, one file a kind of layer, registered by module type."""
 
+from backsketch.nn import activation as activation
 from backsketch.nn import attention as attention
 from backsketch.nn import conv2d as conv2d
 from backsketch.nn import linear as linear
+from backsketch.nn import norm as norm
 from backsketch.nn.registry import Adapter as Adapter
 from backsketch.nn.registry import adapter_of as adapter_of
 from backsketch.nn.registry import refusal as refusal

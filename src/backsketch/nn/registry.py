@@ -20,13 +20,22 @@ class Adapter:
     """How one kind of layer is sketched.
 
     ``weights`` lists the layer's sketched products as (bilinear op, weight): an estimator that refuses
-    one of them refuses the layer.
+    one of them refuses the layer. A kind without products (an activation, a norm) has ``keeps`` instead:
+    what a memory saver keeps of its input, as a fraction of float32, or None where it cannot act; no
+    other estimator has anything to do there. ``note`` is what the report says of it.
     """
 
     kind: type[nn.Module]
     mixin: type[Swapped]
-    weights: Callable[[nn.Module], list[tuple[Bilinear, Tensor]]]
+    weights: Callable[[nn.Module], list[tuple[Bilinear, Tensor]]] = lambda module: []
     methods: tuple[str, ...] = ("forward",)
+    keeps: Callable[[nn.Module, Estimator], float | None] | None = None
+    note: str = ""
+
+    @property
+    def for_savers(self) -> bool:
+        """Whether only memory savers act at this kind of layer."""
+        return self.keeps is not None
 
 
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
@@ -76,6 +85,14 @@ def _structural(module: nn.Module, adapter: Adapter) -> str | None:
 
 
 def _numerical(module: nn.Module, adapter: Adapter, estimator: Estimator) -> str | None:
+    if adapter.keeps is not None:
+        name = type(module).__name__
+        if not estimator.stores_randomly:
+            return (
+                f"{name} has no products to sketch: only memory savers such as Quantized act there"
+            )
+        if adapter.keeps(module, estimator) is None:
+            return f"{name} can be saved in a few bits by Quantized, but not by {estimator}"
     for op, weight in adapter.weights(module):
         if not weight.is_floating_point():
             return f"its weight has dtype {weight.dtype}; real floating point is needed"

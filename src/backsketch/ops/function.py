@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from backsketch.estimators import Bilinear, Estimator
+from backsketch.ops.once import once
 from backsketch.sampling import next_seed
 
 __all__ = ["apply"]
@@ -62,14 +63,10 @@ class _SketchedLayer(Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         weight, *stored = ctx.saved_tensors
-        arguments = (
-            ctx.op, ctx.estimator, tuple(ctx.input_shape), ctx.needs_input_grad[2:5],
+        gradients = once(
+            _vjp, ctx.op, ctx.estimator, tuple(ctx.input_shape), ctx.needs_input_grad[2:5],
             cotangent, weight, *stored,
         )  # fmt: skip
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _SketchedVJP.apply(*arguments)
-        else:
-            gradients = _vjp(*arguments)
         return (None, None, *gradients, *([None] * len(stored)))
 
 
@@ -93,24 +90,3 @@ def _vjp(
     if needed[2]:
         grad_bias = op.bias_vjp(g)
     return grad_input, grad_weight, grad_bias
-
-
-class _SketchedVJP(Function):
-    """The backward as a Function of its own, so that differentiating it is an error with a reason."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return _vjp(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(
-            "backsketch does not support double backward: the gradient of a sketched gradient would not "
-            "be an unbiased second derivative. Put the call that needs it inside `with bs.exact(model):`."
-        )

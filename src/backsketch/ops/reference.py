@@ -6,6 +6,7 @@ and lets the exact products do the rest. The tests hold the fast path against it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from backsketch.estimators import (
     Split,
     StoredRows,
 )
-from backsketch.sampling import Sample, draw, num_kept, uniform_like
+from backsketch.sampling import Sample, draw, key_of, num_kept, uniform_like
 
 __all__ = ["sketched_vjp"]
 
@@ -155,17 +156,34 @@ def _projection(
 def _quantized(
     e: Quantized, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, _: Tensor, s: Tensor
 ) -> Products:
-    size, top = e.group_size, 2**e.bits - 1
-    flat = x.flatten()
-    padded = torch.cat([flat, flat[-1:].expand(-len(flat) % size)]).view(-1, size)
-    u = uniform_like(padded, s)
-    restored = torch.empty_like(padded)
-    for i, group in enumerate(padded):
-        step = (group.max() - group.min()) / top
-        levels = (group - group.min()) / (step if step > 0 else 1)
-        restored[i] = group.min() + step * (levels + u[i]).floor().clamp(0, top)
-    rounded = restored.flatten()[: len(flat)].view(x.shape)
+    rounded = rounded_slowly(x, s, e.bits, e.group_size)
     return op.input_vjp(g, w), op.weight_vjp(g, op.rows(rounded))
+
+
+def rounded_slowly(x: Tensor, seed: Tensor, bits: int, size: int, stream: int = 0) -> Tensor:
+    """Stochastic rounding entry by entry, in Python's own integers and numbers."""
+    flat, top, key = x.flatten().tolist(), 2**bits - 1, key_of(seed, stream)
+    restored = []
+    for number in range(0, len(flat), size):
+        group = flat[number : number + size]
+        low, extent = min(group), max(group) - min(group)
+        for i, value in enumerate(group):
+            half, j = divmod(i, size // 2)
+            word = _hash(number // size * (size // 2) + j, *key)
+            u = ((word >> 16 if half else word & 0xFFFF) + 0.5) / 65536
+            level = (value - low) * top / extent if extent else 0.0
+            restored.append(low + extent / top * min(math.floor(level + u), top))
+    return torch.tensor(restored, dtype=x.dtype).view(x.shape)
+
+
+def _hash(counter: int, first: int, second: int) -> int:
+    """lowbias32 with a second key in its middle."""
+    word = (counter + first) & 0xFFFFFFFF
+    word ^= word >> 16
+    word = (word * 0x7FEB352D) & 0xFFFFFFFF ^ second
+    word ^= word >> 15
+    word = word * 0x846CA68B & 0xFFFFFFFF
+    return word ^ (word >> 16)
 
 
 def _split(e: Split, *arguments: Any) -> Products:

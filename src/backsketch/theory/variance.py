@@ -17,6 +17,7 @@ __all__ = [
     "joint_inclusion_systematic",
     "low_rank",
     "minimal_sampling",
+    "norm_in_two_roundings",
     "pair_energy",
     "quantized",
     "rademacher",
@@ -157,3 +158,26 @@ def quantized(step: Tensor, fraction: Tensor) -> Tensor:
     """
     f = _f64(fraction)
     return _f64(step).square() * f * (1 - f)
+
+
+def norm_in_two_roundings(
+    g: Tensor, normalised: Tensor, spread: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""``E‖error‖²`` of (grad_input, grad_weight) of a layer norm that keeps two roundings of its input.
+
+    With :math:`s_{ij}` the variance of a rounded :math:`\hat x_{ij}`, :math:`m_i = \overline{gw\hat x}` and
+    :math:`v_i = \sum_j (g_{ij}w_j)^2 s_{ij} / K^2` that of its estimate, both factors being independent,
+
+    .. math:: \sum_{ij} r_i^2 \left[(\hat x_{ij}^2 + s_{ij})(m_i^2 + v_i) - \hat x_{ij}^2 m_i^2\right],
+              \qquad \sum_{ij} g_{ij}^2 s_{ij} / 2 .
+
+    Args:
+        g, normalised, spread: ``(rows, K)``: cotangent, :math:`\hat x`, and s in its units.
+        rstd: ``(rows,)``. weight: ``(K,)``.
+    """
+    g, x, s, r, w = (_f64(t) for t in (g, normalised, spread, rstd, weight))
+    gw = g * w
+    m = (gw * x).mean(1, keepdim=True).square()
+    v = (gw.square() * s).sum(1, keepdim=True) / x.shape[1] ** 2
+    of_input = ((x.square() + s) * (m + v) - x.square() * m).sum(1) @ r.square()
+    return of_input, (g.square() * s).sum() / 2

@@ -1,0 +1,143 @@
+r"""Element-wise activations that keep what their backward needs in a few bits.
+
+The backward pass of :math:`y = f(x)` is :math:`g \circ f'(x)`, linear in the derivative:
+
+- piecewise linear functions have two slopes: one bit an entry, **exact**;
+- for the others :math:`f'(x)` is computed in the forward pass and stochastically rounded:
+  :math:`E[g \circ \widetilde{f'}] = g \circ f'(x)`, **unbiased**, of variance
+  :math:`\sum g^2 \Delta^2 \varphi(1-\varphi)` with :math:`\varphi` the fractional part of the rounded number.
+  (Rounding x and computing :math:`f'(\tilde x)` in the backward pass would be biased.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from backsketch import rounding as bits
+from backsketch.estimators import Estimator
+from backsketch.ops.linear import check_estimator
+from backsketch.ops.once import once
+from backsketch.rounding import Rounding
+from backsketch.sampling import next_seed
+
+__all__ = ["PiecewiseLinear", "Smooth", "activation"]
+
+
+@dataclass(frozen=True)
+class PiecewiseLinear:
+    """``f`` has slope 1 where ``low < x < high`` and slope ``outside`` elsewhere."""
+
+    forward: Callable[[Tensor], Tensor]
+    low: float = 0.0
+    high: float = math.inf
+    outside: float = 0.0
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """``derivative(x, y)`` is ``f'(x)``, given ``y = f(x)``, both in float32 or better."""
+
+    forward: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor, Tensor], Tensor]
+
+
+def activation(
+    x: Tensor, kind: PiecewiseLinear | Smooth, sketch: Estimator, inplace: bool = False
+) -> Tensor:
+    """``kind.forward(x)`` that saves a few bits an entry for its backward pass.
+
+    Args:
+        x: any shape.
+        kind: what to compute, and its derivative.
+        sketch: a memory saver; for a :class:`Smooth` function one that can round (``bs.Quantized``).
+        inplace: write the result over ``x``, as the in-place module does.
+
+    Returns:
+        ``kind.forward(x)``, bit-identical.
+
+    Raises:
+        RuntimeError: on double backward.
+        TypeError: ``sketch`` is not a layer estimator.
+
+    Example:
+        >>> import torch, backsketch as bs
+        >>> from backsketch.nn.activation import RELU
+        >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> bs.ops.activation(x, RELU, bs.Quantized(bits=4)).sum().backward()
+        >>> x.grad
+        tensor([0., 1.])
+    """
+    check_estimator(sketch)
+    y = _activation(x, kind, sketch.rounding())
+    return x.copy_(y) if inplace else y
+
+
+def _activation(x: Tensor, kind: PiecewiseLinear | Smooth, rounding: Rounding | None) -> Tensor:
+    if not (x.requires_grad and torch.is_grad_enabled()) or x.numel() == 0:
+        return kind.forward(x)
+    if isinstance(kind, PiecewiseLinear):
+        y: Tensor = _Masked.apply(kind, x)[0]
+        return y
+    if rounding is None:
+        return kind.forward(x)
+    rounded: Tensor = _Rounded.apply(kind, rounding, x, next_seed(x))[0]
+    return rounded
+
+
+class _Masked(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kind: PiecewiseLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+        return kind.forward(x), bits.mask(x, kind.low, kind.high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.outside = inputs[0].outside
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if cotangent is None:
+            return None, None
+        return None, once(bits.masked, cotangent, *ctx.saved_tensors, ctx.outside)
+
+
+class _Rounded(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        kind: Smooth, rounding: Rounding, x: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y = kind.forward(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        slope = kind.derivative(x.to(wide), y.to(wide))
+        return y, *rounding.pack(slope, seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.rounding, ctx.dtype = inputs[1], inputs[2].dtype
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if cotangent is None:
+            return None, None, None, None
+        grad = once(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
+        return None, None, grad.to(ctx.dtype), None
+
+
+def _times(rounding: Rounding, cotangent: Tensor, *packed: Tensor) -> Tensor:
+    return rounding.times(cotangent, (packed[0], packed[1]))

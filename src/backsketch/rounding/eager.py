@@ -1,0 +1,127 @@
+"""Stochastic rounding in plain PyTorch: the definition, on any device and in any floating-point type.
+
+``kernels.cpp`` does the same arithmetic in one pass over memory; both agree bit for bit in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["grouped", "mask", "masked", "pack", "restore", "scales", "times"]
+
+Key = tuple[int, int]
+BLOCK = 512  # entries of a mask that are packed together
+
+
+def mix(counter: Tensor, key: Key) -> Tensor:
+    """Counter to 32 random bits (int32): the lowbias32 mixer (Wellons 2018) with two keys, in place."""
+    first, second = (_signed(word) for word in key)
+    x = counter.add_(first)
+    x.bitwise_xor_(_shifted(x, 16)).mul_(_signed(0x7FEB352D)).bitwise_xor_(second)
+    x.bitwise_xor_(_shifted(x, 15)).mul_(_signed(0x846CA68B))
+    return x.bitwise_xor_(_shifted(x, 16))
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """Logical shift: PyTorch's int32 shift is arithmetic."""
+    return (x >> places).bitwise_and_((1 << (32 - places)) - 1)
+
+
+def _uniforms(counter: Tensor, key: Key, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two uniforms for each counter: middles of 65536 equal parts of [0, 1)."""
+    bits = mix(counter, key)
+    halves = bits & 0xFFFF, _shifted(bits, 16)
+    return tuple(h.to(dtype).add_(0.5).mul_(2.0**-16) for h in halves)  # type: ignore[return-value]
+
+
+def grouped(flat: Tensor, group_size: int) -> Tensor:
+    """``(groups, group_size)``, the last group filled up with the last entry."""
+    short = -flat.shape[0] % group_size
+    if short:
+        flat = torch.cat([flat, flat[-1:].expand(short)])
+    return flat.view(-1, group_size)
+
+
+def scales(groups: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
+    """``(groups, 2)`` lowest entry and step, NaN where an entry is not finite; ``(groups, 1)`` 1/step."""
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    extent = high - low
+    pair = torch.cat([low, extent / intervals], 1)
+    pair.masked_fill_(~extent.isfinite(), torch.nan)
+    # Not number / tensor, which PyTorch computes as a reciprocal and a product.
+    inverse = torch.full_like(extent, intervals) / extent
+    inverse.masked_fill_(~(extent.isfinite() & (extent > 1e-30)), 0.0)
+    return pair, inverse
+
+
+def pack(flat: Tensor, key: Key, bits: int, group_size: int, twice: bool) -> tuple[Tensor, Tensor]:
+    """``(codes, scales)`` of a non-empty ``(n,)`` tensor; see :func:`backsketch.rounding.pack`."""
+    groups = grouped(flat, group_size)
+    pair, inverse = scales(groups, 2**bits - (not twice))
+    units = (groups - pair[:, :1].nan_to_num(0.0)).mul_(inverse).nan_to_num_(0.0)
+    count, half = groups.shape[0], group_size // 2
+    wide = group_size if twice else half
+    counter = torch.arange(count * wide, dtype=torch.int32, device=flat.device)
+    first, second = (u.view(count, wide) for u in _uniforms(counter, key, flat.dtype))
+    if not twice:
+        units[:, :half] += first
+        units[:, half:] += second
+        return _squeeze(units.clamp_(0, 2**bits - 1).to(torch.uint8), bits), pair
+    whole = units.clamp(0, 2**bits - 1).floor_()
+    rest = units.sub_(whole)
+    ups = [(u.add_(rest) >= 1).to(torch.uint8) for u in (first, second)]
+    codes = [_squeeze(whole.to(torch.uint8), bits), *(_squeeze(up, 1) for up in ups)]
+    return torch.cat(codes, 1), pair
+
+
+def restore(
+    codes: Tensor, scales: Tensor, n: int, bits: int, group_size: int, which: int
+) -> Tensor:
+    """``(n,)``: what :func:`pack` packed, in the dtype of ``scales``."""
+    width = group_size * bits // 8
+    levels = _stretch(codes[:, :width], bits).to(scales.dtype)
+    if which >= 0:
+        start = width + which * (group_size // 8)
+        levels += _stretch(codes[:, start : start + group_size // 8], 1)
+    return levels.mul_(scales[:, 1:]).add_(scales[:, :1]).flatten()[:n]
+
+
+def times(cotangent: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+    """``(n,)``: a flat cotangent times what was packed."""
+    factor = restore(codes, scales, cotangent.shape[0], bits, group_size, -1)
+    return (cotangent * factor).to(cotangent.dtype)
+
+
+def _squeeze(codes: Tensor, bits: int) -> Tensor:
+    per_byte = 8 // bits
+    parts = codes.view(codes.shape[0], per_byte, -1)
+    packed = parts[:, 0].clone()
+    for i in range(1, per_byte):
+        packed |= parts[:, i] << (i * bits)
+    return packed
+
+
+def _stretch(packed: Tensor, bits: int) -> Tensor:
+    top = 2**bits - 1
+    return torch.cat([(packed >> (i * bits)) & top for i in range(8 // bits)], 1)
+
+
+def mask(flat: Tensor, low: float, high: float) -> Tensor:
+    """``(64 * ceil(n / 512),)`` bytes, one bit an entry: ``low < x < high``, or NaN.
+
+    Byte j of a block of 64 holds the entries j, j + 64, ... of a block of 512.
+    """
+    inside = ~((flat <= low) | (flat >= high))
+    padded = torch.nn.functional.pad(inside.to(torch.uint8), (0, -flat.shape[0] % BLOCK))
+    return _squeeze(padded.view(-1, BLOCK), 1).flatten()
+
+
+def masked(cotangent: Tensor, bits: Tensor, outside: float) -> Tensor:
+    """``(n,)``: a flat cotangent, times ``outside`` where the bit is 0 (zero even if it is not finite)."""
+    inside = _stretch(bits.view(-1, BLOCK // 8), 1).flatten()[: cotangent.shape[0]]
+    return torch.where(inside.bool(), cotangent, cotangent * outside if outside else 0.0)

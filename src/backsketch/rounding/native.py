@@ -1,0 +1,201 @@
+"""The fused host kernels: compiled by the machine's own C++ compiler on first use, kept in a cache.
+
+Nothing is compiled at import time. Without a compiler, or with ``BACKSKETCH_NATIVE=0`` in the environment,
+``eager.py`` does the same, slower and bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backsketch.rounding.eager import BLOCK
+
+__all__ = ["library", "why_not"]
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = (
+    "-O3", "-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fopenmp", "-shared", "-fPIC",
+)  # fmt: skip
+_PER_THREAD = 1 << 15  # entries that are worth a thread
+_LOCK = threading.Lock()
+
+
+class Kernels:
+    """The compiled functions, called with tensors; float32, contiguous, on the host."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        for name in ("pack", "unpack", "mask", "masked"):
+            getattr(self._library, f"backsketch_{name}").restype = None
+
+    def pack(
+        self, flat: Tensor, key: tuple[int, int], bits: int, group_size: int, twice: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`backsketch.rounding.eager.pack`."""
+        n = flat.shape[0]
+        groups = -(-n // group_size)
+        width = group_size * (bits + 2 * twice) // 8
+        codes = torch.empty(groups, width, dtype=torch.uint8)
+        scales = torch.empty(groups, 2)
+        self._library.backsketch_pack(
+            _at(flat), _i64(n), _i64(group_size), bits, int(twice), ctypes.c_uint32(key[0]),
+            ctypes.c_uint32(key[1]), _at(codes), _at(scales), _threads(n),
+        )  # fmt: skip
+        return codes, scales
+
+    def restore(
+        self, codes: Tensor, scales: Tensor, n: int, bits: int, group_size: int, which: int
+    ) -> Tensor:
+        """See :func:`backsketch.rounding.eager.restore`."""
+        out = torch.empty(n)
+        self._unpack(codes, scales, None, out, bits, group_size, which)
+        return out
+
+    def times(
+        self, cotangent: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
+    ) -> Tensor:
+        """See :func:`backsketch.rounding.eager.times`."""
+        out = torch.empty_like(cotangent)
+        self._unpack(codes, scales, cotangent, out, bits, group_size, -1)
+        return out
+
+    def _unpack(
+        self, codes: Tensor, scales: Tensor, factor: Tensor | None, out: Tensor,
+        bits: int, group_size: int, which: int,
+    ) -> None:  # fmt: skip
+        n = out.shape[0]
+        self._library.backsketch_unpack(
+            _at(codes), _at(scales), _i64(n), _i64(group_size), bits, which,
+            None if factor is None else _at(factor), _at(out), _threads(n),
+        )  # fmt: skip
+
+    def mask(self, flat: Tensor, low: float, high: float) -> Tensor:
+        """See :func:`backsketch.rounding.eager.mask`."""
+        n = flat.shape[0]
+        out = torch.empty(-(-n // BLOCK) * (BLOCK // 8), dtype=torch.uint8)
+        bounds = ctypes.c_float(low), ctypes.c_float(high)
+        self._library.backsketch_mask(_at(flat), _i64(n), *bounds, _at(out), _threads(n))
+        return out
+
+    def masked(self, cotangent: Tensor, mask: Tensor, outside: float) -> Tensor:
+        """See :func:`backsketch.rounding.eager.masked`."""
+        n, out = cotangent.shape[0], torch.empty_like(cotangent)
+        self._library.backsketch_masked(
+            _at(cotangent), _at(mask), _i64(n), ctypes.c_float(outside), _at(out), _threads(n)
+        )
+        return out
+
+
+_i64 = ctypes.c_int64
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _threads(n: int) -> int:
+    return max(1, min(torch.get_num_threads(), n // _PER_THREAD))
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilation
+# --------------------------------------------------------------------------------------------------
+
+
+class _State:
+    """Compiled at most once in a process, whatever came of it."""
+
+    tried = False
+    kernels: Kernels | None = None
+    reason = "not needed so far"
+
+
+_STATE = _State()
+
+
+def library() -> Kernels | None:
+    """The kernels, compiled and loaded if they are not; None where that is impossible."""
+    if not _STATE.tried:
+        with _LOCK:
+            if not _STATE.tried:
+                _STATE.kernels, _STATE.reason = _load()
+                _STATE.tried = True
+    return _STATE.kernels
+
+
+def why_not() -> str:
+    """Why :func:`library` is None; empty if it is not."""
+    return "" if _STATE.kernels else _STATE.reason
+
+
+def _load() -> tuple[Kernels | None, str]:
+    if os.environ.get("BACKSKETCH_NATIVE", "1") == "0":
+        return None, "switched off by BACKSKETCH_NATIVE=0"
+    named = os.environ.get("CXX")
+    compiler = shutil.which(named) if named else _first("c++", "g++", "clang++")
+    if compiler is None:
+        return None, "there is no C++ compiler"
+    try:
+        return Kernels(_compiled(compiler)), ""
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        detail: Any = getattr(error, "stderr", None) or error
+        return None, f"{compiler} failed: {str(detail).strip()[:500]}"
+
+
+def _first(*names: str) -> str | None:
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library for this source, compiler and processor."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    words = (_SOURCE.read_text(), " ".join(_FLAGS), compiler, version, _processor())
+    name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:24] + ".so"
+    folder = _cache()
+    path = folder / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / name
+            subprocess.run(
+                [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)],
+                capture_output=True, text=True, check=True, timeout=120,
+            )  # fmt: skip
+            os.replace(made, path)  # atomic: two processes may do this at the same time
+    return path
+
+
+def _cache() -> Path:
+    """A folder of the user's own: what lies there is executed."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "backsketch"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="backsketch-"))
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: homes are shared between machines."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        flags = [row for row in info.splitlines() if row.startswith(("flags", "Features"))]
+        return platform.machine() + flags[0]
+    except (OSError, IndexError):
+        return platform.machine() + platform.node()
