@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from backsketch.nn import DotProductAttention
+
 
 def with_weights(module: nn.Module) -> nn.Module:
     """Weights that are not all one and biases that are not all zero."""
@@ -50,7 +52,26 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (3, 3, 4, 4),
     ),
 }
-ROUNDED = {**SMOOTH, **NORMS}
+
+
+class Attend(nn.Module):
+    """Attention whose queries, keys and values are three functions of one input."""
+
+    def __init__(self, is_causal: bool = False) -> None:
+        super().__init__()
+        self.scales = nn.Parameter(torch.ones(3))
+        self.core = DotProductAttention(is_causal=is_causal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (x.roll(i, -1) * s for i, s in enumerate(self.scales))
+        return self.core(q, k, v)
+
+
+ATTENTION: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "attention": (Attend, (2, 5, 4)),
+    "causal attention": (lambda: Attend(is_causal=True), (2, 1, 5, 4)),
+}
+ROUNDED = {**SMOOTH, **NORMS, **ATTENTION}
 CHAIN = {**BITS, **ROUNDED}
 
 

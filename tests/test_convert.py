@@ -207,7 +207,7 @@ BAD_RULES = {
     "malformed expression": ({"re:(": ROWS}, ValueError, r"'re:\(' is not a regular expression"),
     "no match, type": ({nn.Conv1d: ROWS}, ValueError, "no module is a Conv1d; the model has.*Linear"),
     "good and bad": ({"head": ROWS, "nose": ROWS}, ValueError, "'nose' matches no module"),
-    "a layer that is not known": ({"norm": ROWS}, ValueError, "LayerNorm is not a layer that"),
+    "a layer that is not known": ({"norm": ROWS}, ValueError, "LayerNorm has no products to sketch"),
     "no effect": ({"": ROWS, "head": COLUMNS}, ValueError, "'head' has no effect: earlier patterns"),
     "empty": ({}, TypeError, "non-empty mapping"),
     "nothing": (None, TypeError, "rules must be a sketch"),

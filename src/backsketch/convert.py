@@ -172,7 +172,7 @@ def _resolve_layers(
             continue
         index = tree.first_rule(module, patterns)
         sketch = None if index is None else patterns[index][1]
-        if adapter.for_savers and not _is_site(tree, module, patterns, index):
+        if adapter.for_savers and not _is_site(module, adapter, patterns, index):
             continue
         site = Site(name, type(module).__name__, None)
         if index is None:
@@ -193,12 +193,12 @@ def _resolve_layers(
         resolution.add(site, module)
 
 
-def _is_site(tree: Tree, module: nn.Module, patterns: Patterns, index: int | None) -> bool:
-    """Whether an activation or a norm belongs in the report: a saver acts there, or a rule names it."""
+def _is_site(module: nn.Module, adapter: Adapter, patterns: Patterns, index: int | None) -> bool:
+    """Whether an activation or a norm belongs in the report: only where a saver could act there."""
     sketch = None if index is None else patterns[index][1]
-    if not isinstance(sketch, Estimator) or sketch.is_exact():
+    if not isinstance(sketch, Estimator) or not sketch.stores_randomly or adapter.keeps is None:
         return False
-    return refusal(module, sketch) is None or tree.direct_rule(module, patterns) == index
+    return not sketch.is_exact() and adapter.keeps(module, sketch) is not None
 
 
 def _fill(site: Site, module: nn.Module, adapter: Adapter, sketch: Estimator) -> None:

@@ -88,6 +88,10 @@ class Estimator(Sketch):
     stores_randomly: ClassVar[bool] = False
     """Whether :meth:`store` needs a seed of the forward pass."""
 
+    needs_rows: ClassVar[bool] = True
+    """Whether it looks at rows or columns. If not, a convolution need not be written as a product of
+    matrices, which costs copies."""
+
     def is_exact(self) -> bool:
         """Whether nothing is randomized, so that the layer may stay what it is."""
         return getattr(self, "keep", None) == 1

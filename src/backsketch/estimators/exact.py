@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from backsketch.estimators.base import Estimator, register
 
@@ -21,6 +22,8 @@ class Exact(Estimator):
         >>> str(bs.Exact())
         'exact'
     """
+
+    needs_rows: ClassVar[bool] = False
 
     def is_exact(self) -> bool:
         return True

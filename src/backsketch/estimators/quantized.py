@@ -50,6 +50,7 @@ class Quantized(Estimator):
     group_size: int = 64
 
     stores_randomly: ClassVar[bool] = True
+    needs_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice(self, "bits", self.bits, (1, 2, 4, 8))

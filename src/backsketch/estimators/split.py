@@ -65,6 +65,10 @@ class Split(Estimator):
     def stores_randomly(self) -> bool:  # type: ignore[override]
         return self._weight.stores_randomly
 
+    @property
+    def needs_rows(self) -> bool:  # type: ignore[override]
+        return self._input.needs_rows or self._weight.needs_rows
+
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         return self._weight.store(op, x, seed)
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backsketch.nn import DotProductAttention
+
 
 class Attention(nn.Module):
     """Residual branch `proj(attention(norm(x)))`. Shapes: `(batch, tokens, dim)` to the same."""
@@ -19,6 +21,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.core = DotProductAttention()
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(dropout)
 
@@ -26,7 +29,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, dim / heads)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = self.core(q, k, v)
         return self.drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
 
 

@@ -66,16 +66,19 @@ class SketchedHardtanh(SketchedActivation, nn.Hardtanh):
 _aten = torch.ops.aten
 
 
+_GELU = Smooth(F.gelu, "gelu")
+_GELU_TANH = Smooth(
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x, y: _aten.gelu_backward(torch.ones_like(x), x, approximate="tanh"),
+)
+
+
 class SketchedGELU(SketchedActivation, nn.GELU):
     def _kind(self) -> Kind:
-        how = self.approximate
-        return Smooth(
-            lambda x: F.gelu(x, approximate=how),
-            lambda x, y: _aten.gelu_backward(torch.ones_like(x), x, approximate=how),
-        )
+        return _GELU if self.approximate == "none" else _GELU_TANH
 
 
-_SILU = Smooth(F.silu, lambda x, y: _aten.silu_backward(torch.ones_like(x), x))
+_SILU = Smooth(F.silu, "silu")
 _MISH = Smooth(F.mish, lambda x, y: _aten.mish_backward(torch.ones_like(x), x))
 _TANH = Smooth(torch.tanh, lambda x, y: 1 - y * y)
 _SIGMOID = Smooth(torch.sigmoid, lambda x, y: y * (1 - y))

@@ -1,7 +1,8 @@
 """``nn.MultiheadAttention``: its projections are read as weights, so the module needs an adapter of its own.
 
-The attention itself is exact. The order of operations is that of
-``torch.nn.functional.multi_head_attention_forward``, so that the forward values are bit-identical.
+The attention itself is exact, except under an estimator that rounds, where it may keep its operands in a few
+bits (:mod:`backsketch.ops.attention`; not with dropout or with ``need_weights``). The order of operations is
+that of ``torch.nn.functional.multi_head_attention_forward``, so that the forward values are bit-identical.
 """
 
 from __future__ import annotations
@@ -191,7 +192,9 @@ class SketchedMultiheadAttention(Swapped, nn.MultiheadAttention):
                 mask.unsqueeze(0) if shared else mask.view(batch, self.num_heads, *mask.shape[1:])
             )
         q, k, v = (x.view(batch, self.num_heads, x.shape[1], self.head_dim) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, self.dropout, is_causal)
+        if self.dropout > 0:
+            return F.scaled_dot_product_attention(q, k, v, mask, self.dropout, is_causal)
+        return ops.attention(q, k, v, mask, is_causal, sketch=self._backsketch)
 
     def _attend_with_weights(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None

@@ -1,6 +1,7 @@
 """Functional layers with a sketched backward pass."""
 
 from backsketch.ops.activation import activation as activation
+from backsketch.ops.attention import attention as attention
 from backsketch.ops.conv2d import conv2d as conv2d
 from backsketch.ops.linear import linear as linear
 from backsketch.ops.norm import batch_norm as batch_norm

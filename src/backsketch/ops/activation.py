@@ -42,10 +42,13 @@ class PiecewiseLinear:
 
 @dataclass(frozen=True)
 class Smooth:
-    """``derivative(x, y)`` is ``f'(x)``, given ``y = f(x)``, both in float32 or better."""
+    """``derivative(x, y)`` is ``f'(x)``, given ``y = f(x)``, both in float32 or better.
+
+    Where it is a name, :meth:`backsketch.rounding.Rounding.pack_slope` knows the function.
+    """
 
     forward: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor, Tensor], Tensor]
+    derivative: Callable[[Tensor, Tensor], Tensor] | str
 
 
 def activation(
@@ -120,6 +123,8 @@ class _Rounded(Function):
         kind: Smooth, rounding: Rounding, x: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         y = kind.forward(x)
+        if isinstance(kind.derivative, str):
+            return y, *rounding.pack_slope(x, y, kind.derivative, seed)
         wide = torch.promote_types(x.dtype, torch.float32)
         slope = kind.derivative(x.to(wide), y.to(wide))
         return y, *rounding.pack(slope, seed)

@@ -173,7 +173,8 @@ def conv2d(
     if isinstance(padding, str):
         x, padding = _explicit_padding(x, kernel, dilation, padding)
     spatial = (x.shape[2], x.shape[3])
-    op = bilinear_conv2d(kernel, _pair(stride), _pair(padding), dilation, groups, spatial)
+    make = bilinear_conv2d if sketch.needs_rows else Conv2d
+    op = make(kernel, _pair(stride), _pair(padding), dilation, groups=groups, spatial=spatial)
     return apply(op, x, weight, bias, sketch)
 
 

@@ -37,16 +37,12 @@ __all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 Stats = tuple[Tensor, ...]
 
 
+Packed = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Norm:
-    """One kind of norm: its forward pass, and how its entries are grouped in the backward pass.
-
-    ``grouped`` views a tensor so that the entries that share statistics lie along ``dims``; ``per_entry``
-    is the shape of the weight in that view.
-    """
-
-    dims: ClassVar[tuple[int, ...]]
-    centered: ClassVar[bool] = True
+    """One kind of norm: its forward pass, and its backward pass from two roundings of the input."""
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *state: Tensor
@@ -54,10 +50,16 @@ class Norm:
         """``(y, mean, rstd, *new state)``, y by the very call that the unconverted module makes."""
         raise NotImplementedError
 
-    def grouped(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def per_entry(self, channels: int) -> tuple[int, ...]:
+    def vjp(
+        self,
+        rounding: Rounding,
+        g: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        packed: Packed,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of (input, weight, bias), all in the dtype of the scales."""
         raise NotImplementedError
 
 
@@ -66,18 +68,26 @@ class LayerNorm(Norm):
     shape: tuple[int, ...]
     eps: float
 
-    dims: ClassVar[tuple[int, ...]] = (1,)
+    centered: ClassVar[bool] = True
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *state: Tensor
     ) -> Stats:
         return torch.native_layer_norm(x, list(self.shape), weight, bias, self.eps)
 
-    def grouped(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, math.prod(self.shape))
-
-    def per_entry(self, channels: int) -> tuple[int, ...]:
-        return (1, channels)
+    def vjp(
+        self,
+        rounding: Rounding,
+        g: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        packed: Packed,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        flat = None if weight is None else weight.reshape(-1)
+        center = mean.reshape(-1) if self.centered else None
+        rows = g.reshape(-1, math.prod(self.shape))
+        return rounding.layer_norm(rows, flat, center, rstd.reshape(-1), packed)
 
 
 @dataclass(frozen=True)
@@ -91,17 +101,53 @@ class RMSNorm(LayerNorm):
     ) -> Stats:
         y = F.rms_norm(x, list(self.shape), weight, self.eps)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        wide = self.grouped(x).to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.reshape(-1, math.prod(self.shape)).to(torch.promote_types(x.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=1)
         return y, norm.new_empty(0), (norm.square() / wide.shape[1] + eps).rsqrt()
 
 
+class ChannelNorm(Norm):
+    """A norm with one weight per channel: rows are the positions of one channel of one sample."""
+
+    def shared(self, per_row: Tensor) -> Tensor:
+        """``(n, channels)`` sums over rows, summed over the rows that share statistics, spread again."""
+        raise NotImplementedError
+
+    def count(self, n: int, channels: int, positions: int) -> int:
+        """How many entries share statistics."""
+        raise NotImplementedError
+
+    def spread(self, stats: Tensor, n: int, channels: int) -> Tensor:
+        """Statistics as ``(n, channels)``."""
+        raise NotImplementedError
+
+    def vjp(
+        self,
+        rounding: Rounding,
+        g: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        packed: Packed,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, channels = g.shape[:2]
+        rows = g.reshape(n * channels, -1)
+        mean, rstd = (self.spread(t, n, channels) for t in (mean, rstd))
+        stats = torch.stack([mean, rstd], 2).view(-1, 2)
+        total, first, second = rounding.row_sums(rows, stats, packed).view(n, channels, 3).unbind(2)
+        w = g.new_ones(channels) if weight is None else weight
+        entries = self.count(n, channels, rows.shape[1])
+        slope = self.shared(second * w) / entries
+        offset = self.shared(total * w) / entries
+        factors = torch.stack([w * rstd, -rstd * slope, -rstd * offset], 2).view(-1, 3)
+        grad = rounding.row_affine(rows, stats, factors, packed)
+        return grad, (first + second).sum(0) / 2, total.sum(0)
+
+
 @dataclass(frozen=True)
-class GroupNorm(Norm):
+class GroupNorm(ChannelNorm):
     groups: int
     eps: float
-
-    dims: ClassVar[tuple[int, ...]] = (2, 3)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *state: Tensor
@@ -112,21 +158,24 @@ class GroupNorm(Norm):
             x.contiguous(), weight, bias, n, channels, positions, self.groups, self.eps
         )
 
-    def grouped(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], self.groups, x.shape[1] // self.groups, -1)
+    def shared(self, per_row: Tensor) -> Tensor:
+        n, channels = per_row.shape
+        return self.spread(per_row.view(n, self.groups, -1).sum(2), n, channels)
 
-    def per_entry(self, channels: int) -> tuple[int, ...]:
-        return (1, self.groups, channels // self.groups, 1)
+    def count(self, n: int, channels: int, positions: int) -> int:
+        return positions * (channels // self.groups)
+
+    def spread(self, stats: Tensor, n: int, channels: int) -> Tensor:
+        each = channels // self.groups
+        return stats.view(n, self.groups, 1).expand(-1, -1, each).reshape(n, channels)
 
 
 @dataclass(frozen=True)
-class BatchNorm(Norm):
+class BatchNorm(ChannelNorm):
     """In training mode: statistics of the batch; the state is (running mean, running variance)."""
 
     momentum: float
     eps: float
-
-    dims: ClassVar[tuple[int, ...]] = (0, 2)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *state: Tensor
@@ -138,11 +187,14 @@ class BatchNorm(Norm):
         )
         return (y, center, rstd) if mean is None or var is None else (y, center, rstd, mean, var)
 
-    def grouped(self, x: Tensor) -> Tensor:
-        return x.reshape(x.shape[0], x.shape[1], -1)
+    def shared(self, per_row: Tensor) -> Tensor:
+        return per_row.sum(0).expand_as(per_row)
 
-    def per_entry(self, channels: int) -> tuple[int, ...]:
-        return (1, channels, 1)
+    def count(self, n: int, channels: int, positions: int) -> int:
+        return n * positions
+
+    def spread(self, stats: Tensor, n: int, channels: int) -> Tensor:
+        return stats.expand(n, channels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,7 +221,7 @@ class _SavedInBits(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         norm, rounding, x, weight, *_ = inputs
-        ctx.norm, ctx.rounding, ctx.shape, ctx.dtype = norm, rounding, x.shape, x.dtype
+        ctx.norm, ctx.rounding, ctx.dtype = norm, rounding, x.dtype
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, *output[1:5])
@@ -178,54 +230,31 @@ class _SavedInBits(Function):
     def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Any, ...]:
         gradients: tuple[Any, ...] = (None, None, None)
         if cotangent is not None:
-            gradients = once(
-                _vjp, ctx.norm, ctx.rounding, tuple(ctx.shape), ctx.needs_input_grad[2:5],
-                cotangent, *ctx.saved_tensors,
-            )  # fmt: skip
-            if gradients[0] is not None:
-                gradients = (gradients[0].to(ctx.dtype), *gradients[1:])
+            gradients = once(_vjp, ctx.norm, ctx.rounding, cotangent, *ctx.saved_tensors)
+            gradients = (gradients[0].to(ctx.dtype), *gradients[1:])
+            gradients = tuple(
+                grad if needed else None
+                for grad, needed in zip(gradients, ctx.needs_input_grad[2:5])
+            )
         return (None, None, *gradients, *[None] * (len(ctx.needs_input_grad) - 5))
 
 
 def _vjp(
     norm: Norm,
     rounding: Rounding,
-    shape: tuple[int, ...],
-    needed: tuple[bool, bool, bool],
     cotangent: Tensor,
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     codes: Tensor,
     scales: Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    g = norm.grouped(cotangent).to(scales.dtype)
-    ones = [1 if d in norm.dims else n for d, n in enumerate(g.shape)]
-    rstd = rstd.to(g.dtype).view(ones)
-    first, second = (
-        norm.grouped(rounding.restore((codes, scales), shape, cotangent, which)) for which in (0, 1)
-    )
-    for normalised in (first, second):
-        if norm.centered:
-            normalised -= mean.to(g.dtype).view(ones)
-        normalised *= rstd
-    entries = () if weight is None else norm.per_entry(weight.numel())
-    grad_x = grad_weight = grad_bias = None
-    if weight is not None and (needed[1] or needed[2]):
-        over = [d for d, n in enumerate(entries) if n == 1]
-        if needed[1]:
-            both = (first + second).mul_(0.5).mul_(g)
-            grad_weight = both.sum(over).view(weight.shape).to(weight.dtype)
-        if needed[2]:
-            grad_bias = g.sum(over).view(weight.shape).to(weight.dtype)
-    if needed[0]:
-        gw = g if weight is None else g * weight.to(g.dtype).view(entries)
-        slope = second.mul_(gw).mean(norm.dims, keepdim=True)
-        grad_x = torch.addcmul(gw, first, slope, value=-1)
-        if norm.centered:
-            grad_x -= gw.mean(norm.dims, keepdim=True)
-        grad_x = grad_x.mul_(rstd).view(shape)
-    return grad_x, grad_weight, grad_bias
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    wide = [None if t is None else t.to(scales.dtype) for t in (cotangent, weight, mean, rstd)]
+    grad_x, *others = norm.vjp(rounding, *wide, (codes, scales))  # type: ignore[arg-type, call-arg]
+    if weight is None:
+        return grad_x.view(cotangent.shape), None, None
+    of_weight, of_bias = (t.view(weight.shape).to(weight.dtype) for t in others)
+    return grad_x.view(cotangent.shape), of_weight, of_bias
 
 
 def _apply(

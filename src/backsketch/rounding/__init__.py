@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,12 @@ class Rounding:
         """
         return _pack(x, seed, stream, self.bits, self.group_size, twice)
 
+    def pack_slope(
+        self, x: Tensor, y: Tensor, function: str, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is kept of the slope of ``"gelu"`` or ``"silu"`` at ``x``, whose values are ``y``."""
+        return _pack_slope(x, y, function, seed, self.bits, self.group_size)
+
     def restore(
         self,
         packed: tuple[Tensor, Tensor],
@@ -74,6 +81,27 @@ class Rounding:
     def times(self, cotangent: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
         """``cotangent`` times the rounded tensor, entry by entry, of the cotangent's shape and dtype."""
         return _times(cotangent, *packed, self.bits, self.group_size)
+
+    def layer_norm(
+        self,
+        g: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor,
+        packed: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`backsketch.rounding.eager.layer_norm`; ``packed`` twice."""
+        return _layer_norm(g, weight, mean, rstd, *packed, self.bits, self.group_size)
+
+    def row_sums(self, g: Tensor, stats: Tensor, packed: tuple[Tensor, Tensor]) -> Tensor:
+        """See :func:`backsketch.rounding.eager.row_sums`; ``packed`` twice."""
+        return _row_sums(g, stats, *packed, self.bits, self.group_size)
+
+    def row_affine(
+        self, g: Tensor, stats: Tensor, factors: Tensor, packed: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """See :func:`backsketch.rounding.eager.row_affine`; ``packed`` twice."""
+        return _row_affine(g, stats, factors, *packed, self.bits, self.group_size)
 
     def share(self, twice: bool = False) -> float:
         """Bytes kept, as a fraction of float32."""
@@ -105,7 +133,7 @@ def units(x: Tensor, rounding: Rounding, twice: bool = False) -> tuple[Tensor, T
 # --------------------------------------------------------------------------------------------------
 
 
-def _kernels(*tensors: Tensor) -> native.Kernels | None:
+def _kernels(*tensors: Tensor) -> Any:
     fit = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.uint8) for t in tensors)
     return native.library() if fit else None
 
@@ -129,6 +157,46 @@ def _pack_fake(
     groups = (x.numel() + group_size - 1) // group_size
     codes = x.new_empty(groups, group_size * (bits + 2 * twice) // 8, dtype=torch.uint8)
     return codes, x.new_empty(groups, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _pack_slope_impl(
+    x: Tensor, y: Tensor, function: str, seed: Tensor, bits: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, y = _flat(x).to(wide), _flat(y).to(wide)
+    run = _kernels(x, y) or eager
+    return run.pack_slope(x, y, function, key_of(seed, 0), bits, group_size)
+
+
+def _layer_norm_impl(
+    g: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, codes: Tensor, scales: Tensor,
+    bits: int, group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = [
+        None if t is None else t.contiguous() for t in (g, weight, mean, rstd, codes, scales)
+    ]
+    run = _kernels(*(t for t in tensors if t is not None)) or eager
+    return run.layer_norm(*tensors, bits, group_size)
+
+
+def _row_sums_impl(
+    g: Tensor, stats: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
+) -> Tensor:
+    tensors = [t.contiguous() for t in (g, stats, codes, scales)]
+    return (_kernels(*tensors) or eager).row_sums(*tensors, bits, group_size)
+
+
+def _row_affine_impl(
+    g: Tensor,
+    stats: Tensor,
+    factors: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    tensors = [t.contiguous() for t in (g, stats, factors, codes, scales)]
+    return (_kernels(*tensors) or eager).row_affine(*tensors, bits, group_size)
 
 
 def _restore_impl(
@@ -175,6 +243,29 @@ _restore = operator(
 _times = operator(
     "times(Tensor cotangent, Tensor codes, Tensor scales, int bits, int group_size) -> Tensor",
     _times_impl,
+    _like,
+)
+_pack_slope = operator(
+    "pack_slope(Tensor x, Tensor y, str function, Tensor seed, int bits, int group_size)"
+    " -> (Tensor, Tensor)",
+    _pack_slope_impl,
+    lambda x, y, function, seed, bits, size: _pack_fake(x, seed, 0, bits, size, False),
+)
+_layer_norm = operator(
+    "layer_norm(Tensor g, Tensor? weight, Tensor? mean, Tensor rstd, Tensor codes, Tensor scales, int bits,"
+    " int group_size) -> (Tensor, Tensor, Tensor)",
+    _layer_norm_impl,
+    lambda g, *_: (_like(g), g.new_empty(g.shape[1]), g.new_empty(g.shape[1])),
+)
+_row_sums = operator(
+    "row_sums(Tensor g, Tensor stats, Tensor codes, Tensor scales, int bits, int group_size) -> Tensor",
+    _row_sums_impl,
+    lambda g, *_: g.new_empty(g.shape[0], 3),
+)
+_row_affine = operator(
+    "row_affine(Tensor g, Tensor stats, Tensor factors, Tensor codes, Tensor scales, int bits,"
+    " int group_size) -> Tensor",
+    _row_affine_impl,
     _like,
 )
 _mask = operator(

@@ -8,7 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["grouped", "mask", "masked", "pack", "restore", "scales", "times"]
+__all__ = [
+    "grouped",
+    "layer_norm",
+    "mask",
+    "masked",
+    "pack",
+    "pack_slope",
+    "restore",
+    "row_affine",
+    "row_sums",
+    "scales",
+    "times",
+]
 
 Key = tuple[int, int]
 BLOCK = 512  # entries of a mask that are packed together
@@ -79,6 +91,14 @@ def pack(flat: Tensor, key: Key, bits: int, group_size: int, twice: bool) -> tup
     return torch.cat(codes, 1), pair
 
 
+def pack_slope(
+    x: Tensor, y: Tensor, function: str, key: Key, bits: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`pack` of the slope of ``"gelu"`` or ``"silu"`` at ``x``, ``y`` being its values."""
+    backward = torch.ops.aten.gelu_backward if function == "gelu" else torch.ops.aten.silu_backward
+    return pack(backward(torch.ones_like(x), x), key, bits, group_size, False)
+
+
 def restore(
     codes: Tensor, scales: Tensor, n: int, bits: int, group_size: int, which: int
 ) -> Tensor:
@@ -95,6 +115,70 @@ def times(cotangent: Tensor, codes: Tensor, scales: Tensor, bits: int, group_siz
     """``(n,)``: a flat cotangent times what was packed."""
     factor = restore(codes, scales, cotangent.shape[0], bits, group_size, -1)
     return (cotangent * factor).to(cotangent.dtype)
+
+
+def _normalised(
+    stats: Tensor, codes: Tensor, scales: Tensor, shape: torch.Size, bits: int, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Both roundings, less the row's mean, times its rstd."""
+    pair = (restore(codes, scales, shape.numel(), bits, group_size, i).view(shape) for i in (0, 1))
+    first, second = (x.sub_(stats[:, :1]).mul_(stats[:, 1:]) for x in pair)
+    return first, second
+
+
+def layer_norm(
+    g: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (input, weight, bias) of a layer norm; of an RMS norm where ``mean`` is None.
+
+    Args:
+        g: ``(rows, width)``, in the dtype of ``scales``. weight: ``(width,)``. mean, rstd: ``(rows,)``.
+        codes, scales: of the input, packed twice.
+    """
+    center = torch.zeros_like(rstd) if mean is None else mean
+    stats = torch.stack([center, rstd], 1)
+    first, second = _normalised(stats, codes, scales, g.shape, bits, group_size)
+    gw = g if weight is None else g * weight
+    slope = (gw * second).mean(1, keepdim=True)
+    grad = torch.addcmul(gw, first, slope, value=-1)
+    if mean is not None:
+        grad -= gw.mean(1, keepdim=True)
+    of_weight = first.add_(second).mul_(0.5).mul_(g).sum(0)
+    return grad.mul_(rstd[:, None]), of_weight, g.sum(0)
+
+
+def row_sums(
+    g: Tensor, stats: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
+) -> Tensor:
+    """``(rows, 3)``: sums over each row of g, of g times the first and g times the second rounding.
+
+    Args:
+        g: ``(rows, width)``. stats: ``(rows, 2)``, mean and rstd by which the roundings are normalised.
+    """
+    first, second = _normalised(stats, codes, scales, g.shape, bits, group_size)
+    return torch.stack([g.sum(1), first.mul_(g).sum(1), second.mul_(g).sum(1)], 1)
+
+
+def row_affine(
+    g: Tensor,
+    stats: Tensor,
+    factors: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """``a g + b x + c`` with x the first rounding, normalised, and ``(a, b, c)`` of each row in ``factors``."""
+    first, _ = _normalised(stats, codes, scales, g.shape, bits, group_size)
+    a, b, c = (f[:, None] for f in factors.unbind(1))
+    return first.mul_(b).addcmul_(g, a).add_(c)
 
 
 def _squeeze(codes: Tensor, bits: int) -> Tensor:

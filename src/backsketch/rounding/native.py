@@ -38,20 +38,42 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        for name in ("pack", "unpack", "mask", "masked"):
+        for name in ("pack", "unpack", "mask", "masked", "layer_norm", "row_sums", "row_affine"):
             getattr(self._library, f"backsketch_{name}").restype = None
 
     def pack(
         self, flat: Tensor, key: tuple[int, int], bits: int, group_size: int, twice: bool
     ) -> tuple[Tensor, Tensor]:
         """See :func:`backsketch.rounding.eager.pack`."""
-        n = flat.shape[0]
+        return self._pack(flat, None, int(twice), key, bits, group_size)
+
+    def pack_slope(
+        self,
+        x: Tensor,
+        y: Tensor,
+        function: str,
+        key: tuple[int, int],
+        bits: int,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`backsketch.rounding.eager.pack_slope`."""
+        return self._pack(x, y, {"gelu": 2, "silu": 3}[function], key, bits, group_size)
+
+    def _pack(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        what: int,
+        key: tuple[int, int],
+        bits: int,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        n = x.shape[0]
         groups = -(-n // group_size)
-        width = group_size * (bits + 2 * twice) // 8
-        codes = torch.empty(groups, width, dtype=torch.uint8)
+        codes = torch.empty(groups, group_size * (bits + 2 * (what == 1)) // 8, dtype=torch.uint8)
         scales = torch.empty(groups, 2)
         self._library.backsketch_pack(
-            _at(flat), _i64(n), _i64(group_size), bits, int(twice), ctypes.c_uint32(key[0]),
+            _at(x), _at(y), what, _i64(n), _i64(group_size), bits, ctypes.c_uint32(key[0]),
             ctypes.c_uint32(key[1]), _at(codes), _at(scales), _threads(n),
         )  # fmt: skip
         return codes, scales
@@ -79,7 +101,7 @@ class Kernels:
         n = out.shape[0]
         self._library.backsketch_unpack(
             _at(codes), _at(scales), _i64(n), _i64(group_size), bits, which,
-            None if factor is None else _at(factor), _at(out), _threads(n),
+            _at(factor), _at(out), _threads(n),
         )  # fmt: skip
 
     def mask(self, flat: Tensor, low: float, high: float) -> Tensor:
@@ -98,12 +120,62 @@ class Kernels:
         )
         return out
 
+    def layer_norm(
+        self,
+        g: Tensor,
+        weight: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        bits: int,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`backsketch.rounding.eager.layer_norm`."""
+        (rows, width), out = g.shape, torch.empty_like(g)
+        by_column = torch.zeros(2, width)
+        self._library.backsketch_layer_norm(
+            _at(g), _at(weight), _at(mean), _at(rstd), _at(codes), _at(scales), _i64(rows), _i64(width),
+            _i64(group_size), bits, _at(out), _at(by_column), _threads(g.numel()),
+        )  # fmt: skip
+        return out, by_column[0], by_column[1]
+
+    def row_sums(
+        self, g: Tensor, stats: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
+    ) -> Tensor:
+        """See :func:`backsketch.rounding.eager.row_sums`."""
+        rows, width = g.shape
+        out = torch.empty(rows, 3)
+        self._library.backsketch_row_sums(
+            _at(g), _at(stats), _at(codes), _at(scales), _i64(rows), _i64(width), _i64(group_size),
+            bits, _at(out), _threads(g.numel()),
+        )  # fmt: skip
+        return out
+
+    def row_affine(
+        self,
+        g: Tensor,
+        stats: Tensor,
+        factors: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        bits: int,
+        group_size: int,
+    ) -> Tensor:
+        """See :func:`backsketch.rounding.eager.row_affine`."""
+        (rows, width), out = g.shape, torch.empty_like(g)
+        self._library.backsketch_row_affine(
+            _at(g), _at(stats), _at(factors), _at(codes), _at(scales), _i64(rows), _i64(width),
+            _i64(group_size), bits, _at(out), _threads(g.numel()),
+        )  # fmt: skip
+        return out
+
 
 _i64 = ctypes.c_int64
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 def _threads(n: int) -> int:
