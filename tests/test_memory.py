@@ -33,17 +33,9 @@ LAYERS = {
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(x)
-    return sum(t.untyped_storage().nbytes() for p, t in storages.items() if p not in own)
+    """With the input, if it is kept: here it is an activation like any other."""
+    saved = bs.saved_bytes(model, x)
+    return saved.total + saved.inputs
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -85,18 +77,18 @@ def test_the_exact_layer_does_keep_its_input_alive():
 
 @pytest.mark.parametrize("estimator", SAVERS, ids=str)
 def test_a_deep_net_saves_less_with_activations_that_keep_their_own_output(estimator):
-    """ReLU saves its output, which is the next layer's input: only what nobody else keeps is won."""
+    """A ReLU saves its output, which is the next layer's input: it must keep a bit instead."""
 
     def net(activation: type[nn.Module]) -> nn.Module:
         layers = [m for _ in range(4) for m in (nn.Linear(64, 64), activation())]
         return nn.Sequential(*layers)
 
     x = torch.randn(256, 64)
-    for activation, share in ((nn.Identity, 0.5), (nn.ReLU, 1.3)):
+    for activation in (nn.Identity, nn.ReLU):
         model = net(activation)
         exact = saved_bytes(model, x)
         bs.sketch_(model, estimator)
-        assert saved_bytes(model, x) < share * exact
+        assert saved_bytes(model, x) < 0.5 * exact
 
 
 @pytest.mark.parametrize("estimator", FAMILIES, ids=str)
@@ -108,7 +100,7 @@ def test_no_estimator_saves_more_than_the_exact_layer(estimator):
 
 @pytest.mark.parametrize("estimator", SAVERS, ids=str)
 def test_attention_saves_less_of_its_input_alone(estimator):
-    """The mixed values, input of the last projection, are kept by the attention itself."""
+    """The mixed values, input of the last projection, are kept by the attention itself, if it is exact."""
     module = nn.MultiheadAttention(64, 1, batch_first=True)
 
     class SelfAttention(nn.Module):

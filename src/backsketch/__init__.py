@@ -14,6 +14,8 @@ A tour::
     bs.restore_(model)                               # exactly as before
 
     bs.sketch_(model, {"head": None, "blocks.*.mlp": bs.Rows(keep=0.5)})   # the first match wins
+    bs.sketch_(model, bs.Quantized(bits=4))          # memory: inputs, activations, norms in 4 bits
+    print(bs.saved_bytes(model, x))                  # what is kept for the backward, by module
     bs.testing.check_unbiased(model, x)              # see for yourself
     print(bs.variance(model, batches, loss_fn))      # what each site adds to the gradient's variance
 """
@@ -34,6 +36,9 @@ from backsketch.estimators import Rows as Rows
 from backsketch.estimators import Split as Split
 from backsketch.estimators import StoredRows as StoredRows
 from backsketch.estimators import parse as parse
+from backsketch.memory import SavedBytes as SavedBytes
+from backsketch.memory import peak_bytes as peak_bytes
+from backsketch.memory import saved_bytes as saved_bytes
 from backsketch.nn import exact as exact
 from backsketch.planning import Ledger as Ledger
 from backsketch.planning import Plan as Plan

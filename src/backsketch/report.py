@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from backsketch.estimators import Sketch
+from backsketch.memory import mebibytes, saved_bytes
+from backsketch.nn.swap import exact
 
 __all__ = ["Report", "Site"]
 
@@ -19,6 +23,7 @@ class Site:
     kept of the input, both as fractions of the exact layer; None where only a run can tell. ``reason``
     says why a site is exact, or what to expect of a sketched one. ``state`` is the live side of a
     region, whose guards run with the first batches: print the report again to see their verdict.
+    ``measured`` is set by :meth:`Report.measure`: bytes saved for the backward pass, exact and sketched.
     """
 
     name: str
@@ -27,6 +32,7 @@ class Site:
     reason: str = ""
     work: tuple[float, float] = (1.0, 1.0)
     saved: float | None = 1.0
+    measured: tuple[int, int] | None = None
     state: Any = None
 
     @property
@@ -47,9 +53,13 @@ class Site:
 
 @dataclass
 class Report:
-    """The sites of a model; prints as a table, iterates over :class:`Site`."""
+    """The sites of a model; prints as a table, iterates over :class:`Site`.
+
+    ``total`` is set by :meth:`measure`: bytes kept for the backward pass, exact and sketched.
+    """
 
     sites: list[Site] = field(default_factory=list)
+    total: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -73,23 +83,61 @@ class Report:
         """The sites that were left exact."""
         return [site for site in self.sites if site.sketch is None]
 
+    def measure(self, model: nn.Module, *inputs: Any) -> Report:
+        """Run the model, exact and as it is, and put what each site saves beside what was predicted.
+
+        A storage counts for the module that saved it first: exact, a layer after a ReLU saves nothing of
+        its own. What the backward passes keep in all stands in the last line.
+
+        Args:
+            model: the model that the report is of, in training mode.
+            *inputs: arguments of its forward pass.
+
+        Returns:
+            This report.
+        """
+        with exact(model):
+            before = saved_bytes(model, *inputs)
+        after = saved_bytes(model, *inputs)
+        for site in self.sites:
+            site.measured = before.under(site.name), after.under(site.name)
+        self.total = before.total, after.total
+        return self
+
     def __str__(self) -> str:
-        header = ("site", "type", "sketch", "grad_input", "grad_weight", "saved", "")
+        header = ("site", "type", "sketch", "grad_input", "grad_weight", "saved", "measured", "")
         rows = [header, *(self._row(site) for site in self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths[:-1]))
+        if self.total is None:
+            start = sum(widths[:6]) + 2 * 6
+            lines = [(row[:start] + row[start + widths[6] + 2 :]).rstrip() for row in lines]
         return "\n".join([*lines, self._summary()])
 
     def _row(self, site: Site) -> tuple[str, ...]:
         name = site.name or "(model)"
         if site.sketch is None:
-            return name, site.type, "exact", "", "", "", site.reason
+            return name, site.type, "exact", "", "", "", _bytes(site), site.reason
         times = ["" if f is None else f"×{f:.2f}" for f in (*site.work, site.saved)]
-        return name, site.type, str(site.sketch), *times, site.status
+        return name, site.type, str(site.sketch), *times, _bytes(site), site.status
 
     def _summary(self) -> str:
-        return (
+        text = (
             f"{len(self.sketched)} of {len(self.sites)} sites sketched; the columns are predicted "
             "arithmetic and saved input bytes against exact"
         )
+        if self.total is None:
+            return text
+        before, after = self.total
+        return (
+            f"{text}\nmeasured: {mebibytes(before)} kept for the backward pass exactly, "
+            f"{mebibytes(after)} as it is (×{after / max(before, 1):.2f})"
+        )
+
+
+def _bytes(site: Site) -> str:
+    if site.measured is None:
+        return ""
+    before, after = (mebibytes(size) for size in site.measured)
+    return before if site.sketch is None else f"{before} → {after}"

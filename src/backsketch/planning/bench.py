@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from backsketch.convert import sketch_
 from backsketch.estimators import parse
+from backsketch.memory import kept_by
 
-__all__ = ["BenchConfig", "BenchRow", "run_bench", "saved_bytes", "table"]
+__all__ = ["BenchConfig", "BenchRow", "run_bench", "table"]
 
 
 @dataclass(frozen=True)
@@ -234,23 +235,6 @@ def _checkpointed(model: nn.Module, patterns: Sequence[str]) -> nn.Module:
     return model
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes of the distinct storages that a forward pass saves, parameters and buffers excluded."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = forward()
-    del output
-    return sum(storages.values())
-
-
 def _rows(variants: Sequence[_Variant]) -> list[BenchRow]:
     exact = variants[0]
     exact_backward = [s - f for s, f in zip(exact.step, exact.forward)]
@@ -278,7 +262,10 @@ def _rows(variants: Sequence[_Variant]) -> list[BenchRow]:
 
 
 def _bytes(v: _Variant) -> int:
-    return saved_bytes(v.model, lambda: F.cross_entropy(v.call(v.batch[0]), v.batch[1]))
+    def forward() -> Tensor:
+        return F.cross_entropy(v.call(v.batch[0]), v.batch[1])
+
+    return kept_by(v.model, forward, hook=v.call is v.model).total
 
 
 def _ratio(a: Sequence[float], b: Sequence[float]) -> float:

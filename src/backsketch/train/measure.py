@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import backsketch as bs
+from backsketch.memory import kept_by
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
@@ -46,24 +46,10 @@ def backward_flops_ratio(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> floa
 def saved_bytes(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
     """Bytes of the distinct storages that autograd keeps for the backward of one step.
 
-    Parameters and buffers, which exist anyway, do not count.
+    Parameters and buffers, which exist anyway, do not count; see :func:`backsketch.saved_bytes`.
     """
-    exempt = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding a storage keeps its address from reuse
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in exempt:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with (
-        _untouched(model),
-        _sketch_stream_restored(),
-        saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        _gradients(model, loss_fn(model, batch))
-    return sum(storage.nbytes() for storage in kept.values())
+    with _untouched(model), _sketch_stream_restored():
+        return kept_by(model, lambda: loss_fn(model, batch)).total
 
 
 def extra_variance(
