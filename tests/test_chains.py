@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import backsketch as bs
+from backsketch.ops.attention import pays
 from backsketch.rounding import units
 from backsketch.testing import gradient_moments
 from backsketch.theory import variance
-from chain_cases import BITS, CHAIN, NORMS, ROUNDED, SMOOTH, made
+from chain_cases import BITS, CHAIN, NORMS, ROUNDED, SMOOTH, Attend, made, with_weights
 from mutations import halve_the_dither, one_rounding_for_both
 
+ignore_compiler_warnings = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method:DeprecationWarning",
+    "ignore:.*should not be instantiated:DeprecationWarning",
+)
 TWO_BITS = bs.Quantized(bits=2, group_size=8)
 
 
@@ -276,3 +284,160 @@ def test_rules_may_leave_them_out_or_name_them_alone():
 def test_naming_one_for_an_estimator_that_cannot_act_there_is_an_error(sketch, reason):
     with pytest.raises(ValueError, match=reason):
         bs.sketch_(net(), {nn.GELU: sketch})
+
+
+# Whole nets: compiled, checkpointed, offloaded -------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """A norm, attention and an MLP; the parts are separate so that each can be checkpointed."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__()
+        self.kind = kind
+        self.attend = nn.Sequential(nn.LayerNorm(4), Attend())
+        self.mlp = nn.Sequential(
+            nn.RMSNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (self.attend, self.mlp):
+            if self.kind == "plain":
+                x = x + part(x)
+            else:
+                x = x + checkpoint(part, x, use_reentrant=self.kind == "reentrant")
+        return x
+
+
+class Called(nn.Module):
+    """A model with another way of calling it, for ``check_unbiased``: not copied, so that it stays compiled."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.__dict__["call"] = model if call is None else call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Called:
+        return self
+
+
+def chain(kind: str = "plain") -> tuple[Chain, Called, Tensor]:
+    """A sketched chain, the exact one of the same weights, and an input."""
+    model = with_weights(Chain(kind))
+    exact = copy.deepcopy(model)
+    exact.kind = "plain"
+    bs.sketch_(model, TWO_BITS)
+    return model, Called(exact), torch.randn(2, 5, 4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
+@ignore_compiler_warnings
+def test_compiled_in_one_graph_it_is_unbiased_and_keeps_as_little(backend):
+    torch._dynamo.reset()
+    model, exact, x = chain()
+    call = torch.compile(model, fullgraph=True, backend=backend)
+    call(x.clone().requires_grad_()).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        bs.testing.check_unbiased(Called(model, call), x, draws=300, reference=exact)
+    assert bs.saved_bytes(call, x).total <= 1.1 * bs.saved_bytes(model, x).total + 64
+    torch._dynamo.reset()
+
+
+@ignore_compiler_warnings
+@pytest.mark.parametrize(
+    "name", ["leaky", "silu", "softplus", "group norm", "batch norm of images"]
+)
+def test_the_other_kinds_compile_in_one_graph(name):
+    torch._dynamo.reset()
+    module, other, x = sketched(name)
+    call = torch.compile(other, fullgraph=True, backend="aot_eager_decomp_partition")
+    for _ in range(2):
+        torch.testing.assert_close(call(x.clone().requires_grad_()), module(x))
+    for before, after in zip(module.buffers(), other.buffers()):
+        torch.testing.assert_close(before, after)
+    reference = Called(copy.deepcopy(module))
+    bs.testing.check_unbiased(Called(other, call), x, draws=200, reference=reference)
+    torch._dynamo.reset()
+
+
+@ignore_compiler_warnings
+def test_rounding_in_the_compiled_step_that_goes_down_too_often_is_noticed(monkeypatch):
+    torch._dynamo.reset()
+    model, exact, x = chain()
+    halve_the_dither(monkeypatch)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    with pytest.raises(AssertionError, match="is biased"):
+        bs.testing.check_unbiased(Called(model, call), x, draws=300, reference=exact)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_both_kinds_of_checkpoints_stay_unbiased(kind):
+    model, exact, x = chain(kind)
+    bs.testing.check_unbiased(Called(model), x, draws=300, reference=exact)
+
+
+def test_saved_tensors_may_be_offloaded():
+    model, exact, x = chain()
+
+    def offloaded(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    bs.testing.check_unbiased(Called(model, offloaded), x, draws=300, reference=exact)
+
+
+def test_a_retained_graph_gives_the_same_gradient_again():
+    model, _, x = chain()
+    y = model(x.requires_grad_()).square().sum()
+    first, again = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_a_module_used_twice_in_one_pass_is_unbiased():
+    model, exact, x = chain()
+    twice = [Called(m, lambda x, m=m: m(m(x) / 4)) for m in (model, exact.model)]
+    bs.testing.check_unbiased(twice[0], x, draws=300, reference=twice[1])
+
+
+def test_deepcopy_pickle_and_restore():
+    model, _, x = chain()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.mlp[2]).__name__ == "SketchedGELU"
+        assert torch.equal(other(x), model(x))
+        assert other.state_dict().keys() == model.state_dict().keys()
+    bs.restore_(model)
+    assert type(model.mlp[2]) is nn.GELU
+    assert not hasattr(model.mlp[2], "_backsketch")
+
+
+def test_multihead_attention_keeps_its_operands_in_bits_too():
+    module = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    class Itself(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, x, x, need_weights=False)[0]
+
+    model, x = Itself(), torch.randn(8, 12, 32)
+    before, y = bs.saved_bytes(model, x).total, model(x)
+    bs.sketch_(model, bs.Quantized(bits=4))
+    assert torch.equal(model(x), y)
+    assert bs.saved_bytes(model, x).total < 0.4 * before
+
+
+def test_long_sequences_keep_the_attention_exact():
+    rounding = bs.Quantized(bits=4).rounding()
+    assert pays(rounding, 64, 32)
+    assert not pays(rounding, 1024, 32)
+    _, other, _ = sketched("attention")
+    x = torch.randn(1, 200, 4)
+    exact, cheap = (gradients(m, x)[0] for m in (Attend(), other))
+    assert exact.shape == cheap.shape
+    torch.testing.assert_close(gradients(with_weights(Attend()), x), gradients(other, x))
