@@ -9,13 +9,21 @@ convolution without padding opens the network and one opens each of the first st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 EXPANSION = 4
 # receptive field -> number of stages that open with a 3x3 convolution
 STAGES_WITH_3X3 = {5: 1, 9: 2, 17: 3, 33: 4}
+NORMS: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
+    {
+        "batch": nn.BatchNorm2d,
+        "group": lambda channels: nn.GroupNorm(math.gcd(channels, max(channels // 8, 1)), channels),
+    }
+)
 
 
 class Bottleneck(nn.Module):
@@ -26,23 +34,30 @@ class Bottleneck(nn.Module):
     Shapes: `(batch, in_channels, h, w)` to `(batch, 4 * planes, h', w')`.
     """
 
-    def __init__(self, in_channels: int, planes: int, stride: int = 1, kernel_size: int = 1):
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int = 1,
+        kernel_size: int = 1,
+        norm: str = "batch",
+    ):
         super().__init__()
         out_channels = EXPANSION * planes
         self.branch = nn.Sequential(
             _conv(in_channels, planes),
-            nn.BatchNorm2d(planes),
+            _norm(norm, planes),
             nn.ReLU(),
             _conv(planes, planes, kernel_size, stride),
-            nn.BatchNorm2d(planes),
+            _norm(norm, planes),
             nn.ReLU(),
             _conv(planes, out_channels),
-            nn.BatchNorm2d(out_channels),
+            _norm(norm, out_channels),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                _conv(in_channels, out_channels, stride=stride), nn.BatchNorm2d(out_channels)
+                _conv(in_channels, out_channels, stride=stride), _norm(norm, out_channels)
             )
         self.relu = nn.ReLU()
 
@@ -69,19 +84,20 @@ class BagNet(nn.Module):
         depths: Sequence[int],
         strides: Sequence[int],
         num_3x3: int,
+        norm: str = "batch",
     ):
         super().__init__()
         self.stem = nn.Sequential(
-            _conv(in_channels, width), _conv(width, width, 3), nn.BatchNorm2d(width), nn.ReLU()
+            _conv(in_channels, width), _conv(width, width, 3), _norm(norm, width), nn.ReLU()
         )
         stages: list[nn.Module] = []
         channels = width
         for index, (depth, stride) in enumerate(zip(depths, strides)):
             planes = width * 2**index
             kernel_size = 3 if index < num_3x3 else 1
-            first = Bottleneck(channels, planes, stride, kernel_size)
+            first = Bottleneck(channels, planes, stride, kernel_size, norm)
             channels = EXPANSION * planes
-            rest = (Bottleneck(channels, planes) for _ in range(depth - 1))
+            rest = (Bottleneck(channels, planes, norm=norm) for _ in range(depth - 1))
             stages.append(nn.Sequential(first, *rest))
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels, num_classes)
@@ -109,6 +125,7 @@ def bagnet(
     width: int = 64,
     depths: Sequence[int] = (3, 4, 6, 3),
     strides: Sequence[int] = (2, 2, 2, 1),
+    norm: str = "batch",
 ) -> BagNet:
     """BagNet-9/17/33; the defaults are the architecture of the paper for 224x224 images.
 
@@ -119,9 +136,10 @@ def bagnet(
         width: channels of the stem; stage i has `4 * width * 2**i`.
         depths: bottlenecks per stage.
         strides: stride of each stage; all but the last must be 2 for the receptive fields above.
+        norm: ``"batch"``, or ``"group"``, which does not couple samples (groups of 8 channels).
 
     Raises:
-        ValueError: an unknown receptive field, or one that needs more stages than `depths` has.
+        ValueError: an unknown norm, an unknown receptive field, or one that needs more stages than `depths` has.
 
     Source: Brendel and Bethge, Approximating CNNs with bag-of-local-features models works
     surprisingly well on ImageNet, ICLR 2019, arXiv 1904.00760.
@@ -136,12 +154,14 @@ def bagnet(
         known = ", ".join(map(str, STAGES_WITH_3X3))
         raise ValueError(f"receptive_field must be one of {known}, got {receptive_field}")
     num_3x3 = STAGES_WITH_3X3[receptive_field]
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
     if len(depths) != len(strides) or len(depths) < num_3x3:
         raise ValueError(
             f"receptive field {receptive_field} needs at least {num_3x3} stages and one stride per "
             f"stage, got depths {tuple(depths)} and strides {tuple(strides)}"
         )
-    return BagNet(num_classes, in_channels, width, depths, strides, num_3x3)
+    return BagNet(num_classes, in_channels, width, depths, strides, num_3x3, norm)
 
 
 def bagnet_for_images(
@@ -151,6 +171,7 @@ def bagnet_for_images(
     receptive_field: int | None = None,
     width: int | None = None,
     depths: Sequence[int] | None = None,
+    norm: str = "batch",
 ) -> BagNet:
     """The variant for a size: the paper's from 64 pixels on, else three narrow stages.
 
@@ -178,7 +199,12 @@ def bagnet_for_images(
         width=width or (64 if large else 32),
         depths=depths,
         strides=(2,) * (len(depths) - 1) + (1,),
+        norm=norm,
     )
+
+
+def _norm(name: str, channels: int) -> nn.Module:
+    return NORMS[name](channels)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1) -> nn.Conv2d:

@@ -87,7 +87,7 @@ def pack(flat: Tensor, key: Key, bits: int, group_size: int, twice: bool) -> tup
     whole = units.clamp(0, 2**bits - 1).floor_()
     rest = units.sub_(whole)
     ups = [(u.add_(rest) >= 1).to(torch.uint8) for u in (first, second)]
-    codes = [_squeeze(whole.to(torch.uint8), bits), *(_squeeze(up, 1) for up in ups)]
+    codes = [_squeeze(whole.to(torch.uint8), bits), _squeeze(ups[0] | ups[1] << 1, 2)]
     return torch.cat(codes, 1), pair
 
 
@@ -106,8 +106,7 @@ def restore(
     width = group_size * bits // 8
     levels = _stretch(codes[:, :width], bits).to(scales.dtype)
     if which >= 0:
-        start = width + which * (group_size // 8)
-        levels += _stretch(codes[:, start : start + group_size // 8], 1)
+        levels += (_stretch(codes[:, width:], 2) >> which) & 1
     return levels.mul_(scales[:, 1:]).add_(scales[:, :1]).flatten()[:n]
 
 

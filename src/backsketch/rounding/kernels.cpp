@@ -102,7 +102,7 @@ struct Once {
   }
 };
 
-// Two independent roundings that share their floor: B bits for it and one bit for each rounding.
+// Two independent roundings that share their floor: B bits for it, then two bits, one for each rounding.
 template <int B, int FIXED>
 struct Twice {
   static i64 bytes(i64 size) { return size * (B + 2) / 8; }
@@ -114,7 +114,7 @@ struct Twice {
     const Scale s = scale_of(x, size, intervals);
     scales[0] = s.low, scales[1] = s.step;
     const u32 base = (u32)(group * size);
-    u8 *first = codes + size, *second = first + size;
+    u8 *ups = codes + size;
 #pragma omp simd
     for (i64 j = 0; j < size; j++) {
       u32 bits = mix(base + (u32)j, key);
@@ -122,12 +122,10 @@ struct Twice {
       float whole = (float)(int)clamped(t, intervals - 1);
       float rest = t - whole;
       codes[j] = (u8)(int)whole;
-      first[j] = rest + uniform(bits & 0xffff) >= 1.0f;
-      second[j] = rest + uniform(bits >> 16) >= 1.0f;
+      ups[j] = (u8)((rest + uniform(bits & 0xffff) >= 1.0f) | (rest + uniform(bits >> 16) >= 1.0f) << 1);
     }
     squeeze<B>(codes, size, out);
-    squeeze<1>(first, size, out + size * B / 8);
-    squeeze<1>(second, size, out + size * B / 8 + size / 8);
+    squeeze<2>(ups, size, out + size * B / 8);
   }
 };
 
@@ -204,11 +202,12 @@ inline void unpack_group(const u8 *__restrict in, i64 size, int which, const flo
 #pragma omp simd
     for (i64 j = 0; j < width; j++) out[p * width + j] = (float)((in[j] >> (p * B)) & mask);
   if (which >= 0) {
-    const i64 eighth = size / 8;
-    const u8 *bits = in + size * B / 8 + which * eighth;
-    for (int p = 0; p < 8; p++)
+    const i64 quarter = size / 4;
+    const u8 *ups = in + size * B / 8;
+    for (int p = 0; p < 4; p++)
 #pragma omp simd
-      for (i64 j = 0; j < eighth; j++) out[p * eighth + j] += (float)((bits[j] >> p) & 1);
+      for (i64 j = 0; j < quarter; j++)
+        out[p * quarter + j] += (float)((ups[j] >> (2 * p + which)) & 1);
   }
 #pragma omp simd
   for (i64 j = 0; j < size; j++) out[j] = out[j] * step + low;
@@ -262,18 +261,18 @@ template <int B>
 inline void unpack_both(const u8 *__restrict in, i64 size, const float *scales, float *__restrict first,
                         float *__restrict second) {
   constexpr int parts = 8 / B, mask = (1 << B) - 1;
-  const i64 width = size / parts, eighth = size / 8;
+  const i64 width = size / parts, quarter = size / 4;
   const float low = scales[0], step = scales[1];
-  const u8 *one = in + size * B / 8, *two = one + eighth;
+  const u8 *ups = in + size * B / 8;
   for (int p = 0; p < parts; p++)
 #pragma omp simd
     for (i64 j = 0; j < width; j++) first[p * width + j] = (float)((in[j] >> (p * B)) & mask);
-  for (int p = 0; p < 8; p++)
+  for (int p = 0; p < 4; p++)
 #pragma omp simd
-    for (i64 j = 0; j < eighth; j++) {
-      const float whole = first[p * eighth + j];
-      first[p * eighth + j] = (whole + (float)((one[j] >> p) & 1)) * step + low;
-      second[p * eighth + j] = (whole + (float)((two[j] >> p) & 1)) * step + low;
+    for (i64 j = 0; j < quarter; j++) {
+      const float whole = first[p * quarter + j];
+      first[p * quarter + j] = (whole + (float)((ups[j] >> (2 * p)) & 1)) * step + low;
+      second[p * quarter + j] = (whole + (float)((ups[j] >> (2 * p + 1)) & 1)) * step + low;
     }
 }
 
