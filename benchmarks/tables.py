@@ -59,6 +59,20 @@ def layer_time() -> str:
     return _markdown(["sketch", *shapes, "floor"], rows)
 
 
+def memory() -> str:
+    rows = []
+    for name, model in _load("memory")["models"].items():
+        for row in model["rows"]:
+            omega = "" if row["omega"] is None else f"{row['omega']:.4f}"
+            exact = row["arm"] == "exact"
+            cells = [f"×{row[key]:.2f}" for key in ("step", "saved", "peak", "peak_mapped")]
+            if exact:
+                sizes = [f"{row[f'{key}_mib']:.0f} MiB" for key in ("saved", "peak", "peak_mapped")]
+                cells = [f"{model['exact_ms']:.0f} ms", *sizes]
+            rows.append([name if exact else "", row["arm"], *cells, omega])
+    return _markdown(["model", "arm", "step", "saved", "peak", "peak, mapped", "ω"], rows)
+
+
 def regions() -> str:
     rows = []
     for path in sorted((ROOT / "results").glob("region_*.json")):
@@ -125,6 +139,7 @@ TABLES = {
     "host_time": host_time,
     "real_variance": real_variance,
     "layer_time": layer_time,
+    "memory": memory,
     "regions": regions,
     "depth": lambda: _page_table("depth"),
     "ledgers": lambda: _page_table("ledgers"),
