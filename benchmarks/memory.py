@@ -185,12 +185,12 @@ def print_peak(name: str, arm_name: str) -> None:
     print(json.dumps(round(found / 2**20, 1)))
 
 
-def measure(name: str, data_name: str, repeats: int, steps: int) -> dict:
+def measure(name: str, data_name: str, repeats: int, steps: int, only: list[str]) -> dict:
     config = CONFIGS[name]
     data = batches(data_name, config.batch, steps + 4)
     model = trained(config, data[4:])
     makers = arms(config, model)
-    running = {key: make() for key, make in makers.items()}
+    running = {key: make() for key, make in makers.items() if not only or key in only}
     for repeat in range(repeats + 2):
         for arm in running.values():
             elapsed = arm.step(data[0])
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20, help="of training before measuring")
     parser.add_argument("--out", type=Path, default=Path("results/memory.json"))
+    parser.add_argument("--arms", nargs="*", default=[], help="some only, exact among them")
     parser.add_argument("--part", choices=("times", "peaks"), help="one of the two; default: both")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -275,7 +276,7 @@ def main() -> None:
     for name in arguments.models:
         if arguments.part != "peaks":
             repeats, steps = arguments.repeats, arguments.steps
-            result["models"][name] = measure(name, arguments.data, repeats, steps)
+            result["models"][name] = measure(name, arguments.data, repeats, steps, arguments.arms)
         if arguments.part != "times":
             add_peaks(name, result["models"][name]["rows"])
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

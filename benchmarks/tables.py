@@ -65,9 +65,10 @@ def memory() -> str:
         for row in model["rows"]:
             omega = "" if row["omega"] is None else f"{row['omega']:.4f}"
             exact = row["arm"] == "exact"
-            cells = [f"×{row[key]:.2f}" for key in ("step", "saved", "peak", "peak_mapped")]
+            keys = ("step", "saved", "peak", "peak_mapped")
+            cells = [f"×{row[key]:.2f}" if key in row else "" for key in keys]
             if exact:
-                sizes = [f"{row[f'{key}_mib']:.0f} MiB" for key in ("saved", "peak", "peak_mapped")]
+                sizes = [f"{row[f'{key}_mib']:.0f} MiB" for key in keys[1:]]
                 cells = [f"{model['exact_ms']:.0f} ms", *sizes]
             rows.append([name if exact else "", row["arm"], *cells, omega])
     return _markdown(["model", "arm", "step", "saved", "peak", "peak, mapped", "ω"], rows)
