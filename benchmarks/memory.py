@@ -66,7 +66,7 @@ CONFIGS = {
         "bagnet",
         128,
         {"norm": "group"},
-        {"stages.?.?": "region:keep=0.25,mode=recompute"},
+        {"": "region:keep=0.25,mode=recompute"},
         ("stages.?.?",),
     ),
 }

@@ -68,7 +68,7 @@ def memory() -> str:
             keys = ("step", "saved", "peak", "peak_mapped")
             cells = [f"×{row[key]:.2f}" if key in row else "" for key in keys]
             if exact:
-                sizes = [f"{row[f'{key}_mib']:.0f} MiB" for key in keys[1:]]
+                sizes = [f"{row[f'{k}_mib']:.0f} MiB" if k in row else "" for k in keys[1:]]
                 cells = [f"{model['exact_ms']:.0f} ms", *sizes]
             rows.append([name if exact else "", row["arm"], *cells, omega])
     return _markdown(["model", "arm", "step", "saved", "peak", "peak, mapped", "ω"], rows)
