@@ -188,7 +188,7 @@ def test_image_models_learn_a_folder_of_pictures(tmp_path, model, options):
                 pixels[..., channel] += 50
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     done = invoke(
-        *("--model", model, "--data", "pictures", "--epochs", "6", "--batch-size", "32"),
+        *("--model", model, "--data", "pictures", "--epochs", "14", "--batch-size", "32"),
         *("--sketch", "rows:keep=0.5", "--device", "cpu", "--out", "o", *options),
     )
     assert done.exit_code == 0, done.output

@@ -39,6 +39,20 @@ class PiecewiseLinear:
     high: float = math.inf
     outside: float = 0.0
 
+    def __post_init__(self) -> None:
+        text = tuple(map(repr, (self.low, self.high, self.outside)))
+        object.__setattr__(self, "_text", text)
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """``low, high, outside`` as code that ``torch.compile`` traces must read them.
+
+        A float attribute may become a symbol there, which an autograd Function cannot hold; see
+        :attr:`backsketch.estimators.base.Sketch.fraction`.
+        """
+        low, high, outside = self._text  # type: ignore[attr-defined]
+        return float(low), float(high), float(outside)
+
 
 @dataclass(frozen=True)
 class Smooth:
@@ -99,11 +113,12 @@ class _Masked(Function):
 
     @staticmethod
     def forward(kind: PiecewiseLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-        return kind.forward(x), bits.mask(x, kind.low, kind.high)
+        low, high, _ = kind.numbers
+        return kind.forward(x), bits.mask(x, low, high)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.outside = inputs[0].outside
+        ctx.outside = inputs[0].numbers[2]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])

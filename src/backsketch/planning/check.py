@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from backsketch.memory import kept_by
 from backsketch.nn.swap import exact
 from backsketch.planning.passes import passes, undisturbed
 from backsketch.planning.plan import Bill
 from backsketch.planning.slots import LossFn
-from backsketch.planning.storage import storages
 from backsketch.theory.cost import time_to_target_ratio
 from backsketch.theory.noise import mean_square, sgd_variance
 
@@ -34,7 +34,7 @@ def measured_bill(
     with undisturbed(model):
         variance, beta = _noise(model, data, loss_fn)
         ratio = _time_ratio(model, data[0], loss_fn)
-        size = sum(storages(model, lambda: loss_fn(model, data[0])).values())
+        size = kept_by(model, lambda: loss_fn(model, data[0])).total
     rho = time_to_target_ratio(ratio, 1 + variance, beta)
     return replace(predicted, time_ratio=ratio, extra_variance=variance, saved_bytes=size, rho=rho)
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from backsketch import sampling
 from backsketch.estimators import Bilinear, Estimator, Projection
+from backsketch.nn.activation import SketchedActivation
 from backsketch.nn.registry import adapter_of
+from backsketch.ops.activation import PiecewiseLinear
 from backsketch.ops.conv2d import bilinear_conv2d
 from backsketch.ops.linear import Linear
 from backsketch.planning.passes import Caught, Place
@@ -58,6 +60,9 @@ def predicted(place: Place, caught: Caught) -> Injected:
     if isinstance(place.sketch, (Region, Mask)):
         scores, k = _row_draw(place.sketch, caught.cotangents[0])
         return Injected(float(variance.minimal_sampling(scores, k)), 0.0)
+    if isinstance(place.module, SketchedActivation):
+        exact = isinstance(place.module._kind(), PiecewiseLinear)  # one bit an entry says it all
+        return Injected(0.0, 0.0) if exact else Injected(None, None)
     op = _bilinear(place.module, caught.inputs[0])
     if op is None or not isinstance(place.sketch, Estimator):
         return Injected(None, None)

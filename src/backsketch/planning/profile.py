@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from backsketch.convert import restore_, sketch_
+from backsketch.memory import kept_by
 from backsketch.nn.swap import is_swapped
 from backsketch.planning.families import FAMILIES, LADDER, Family
 from backsketch.planning.observe import (
@@ -27,7 +28,6 @@ from backsketch.planning.observe import (
 from backsketch.planning.passes import Passes, passes, undisturbed
 from backsketch.planning.record import MaskOption, Option, Profile, SlotProfile
 from backsketch.planning.slots import LossFn, Slot, find_slots
-from backsketch.planning.storage import storages
 from backsketch.regions import Mask
 from backsketch.rules import unwrap
 from backsketch.theory.noise import mean_square, sgd_variance
@@ -291,7 +291,7 @@ def _step_seconds(model: nn.Module, loss_fn: LossFn, batch: Any) -> float:
 
 def _saved(forward: Callable[[], Any], model: nn.Module) -> int:
     with torch.random.fork_rng():
-        return sum(storages(model, forward).values())
+        return kept_by(model, forward).total
 
 
 def _times(
