@@ -195,3 +195,21 @@ def test_image_models_learn_a_folder_of_pictures(tmp_path, model, options):
     result = json.loads(Path("o/result.json").read_text())
     assert result["test_accuracy"] > 0.9
     assert 0 < result["backward_flops_ratio"] < 0.7
+
+
+def test_a_profile_is_printed_with_its_plan_and_saved(tmp_path):
+    out = tmp_path / "profile.json"
+    done = CliRunner().invoke(
+        cli.make_app(), ["profile", "--batch-size", "64", "--steps", "20", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "(model)" in done.output
+    assert "the plan for time:" in done.output
+    assert "time to a target" in done.output
+    assert [slot["name"] for slot in json.loads(out.read_text())["slots"]] == [""]
+
+
+def test_a_wrong_objective_is_named():
+    done = CliRunner().invoke(cli.make_app(), ["profile", "--steps", "0", "--objective", "speed"])
+    assert done.exit_code == 2
+    assert "objective must be one of" in done.output

@@ -271,3 +271,27 @@ def test_reports_are_by_region() -> None:
         model[2](h[:, None]).square().sum().backward()
     assert [s.status for s in states.values()] == ["active", "exact", "active"]
     assert states["1"].name == "1"
+
+
+class Flat(nn.Module):
+    """Images of one channel to one row each: the second leading size is no row."""
+
+    def __init__(self, fold: int = 1) -> None:
+        super().__init__()
+        self.linear, self.fold = nn.Linear(16, 8), fold
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1)).view(-1, 8 // self.fold)
+
+
+@pytest.mark.parametrize(("fold", "row_dims"), [(1, 2), (4, 1)])
+def test_outputs_with_other_leading_sizes_run_exactly(fold: int, row_dims: int) -> None:
+    model, x = Flat(fold), torch.randn(6, 1, 4, 4)
+    (state,) = make_region(model, {"": Region(0.5, row_dims)}).values()
+    for _ in range(2):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        exact = torch.autograd.grad(Flat.forward(model, x).square().sum(), model.linear.weight)
+        torch.testing.assert_close(model.linear.weight.grad, exact[0])
+    assert state.status == "exact"
+    assert "leading" in state.reason

@@ -18,6 +18,7 @@ def make_app() -> typer.Typer:
     from backsketch.experiments.commands import report_command, sweep_command
     from backsketch.planning.bench_command import bench_command
     from backsketch.train.command import train_command
+    from backsketch.train.profile_command import profile_command
 
     app = typer.Typer(
         name="backsketch",
@@ -28,6 +29,7 @@ def make_app() -> typer.Typer:
     )
     app.callback()(_commands)
     app.command("train")(train_command)
+    app.command("profile")(profile_command)
     app.command("bench")(bench_command)
     app.command("sweep")(sweep_command)
     app.command("report")(report_command)

@@ -372,6 +372,8 @@ def _noise(
             if observed.sgd > 0:
                 found[slot.name, family.name] = errors[slot.name] / observed.sgd
     tick("extra variance of masks")
+    if any(not slot.name for slot in slots):
+        return found, ()  # a region over the whole model is a mask that saves time as well
     return found, _masks(model, loss_fn, data, observed)
 
 

@@ -33,7 +33,7 @@ class Slot:
     """A module for which one sketch is chosen; ``row_dims`` is None where it cannot be a region."""
 
     name: str
-    kind: str  # "branch" or "layer"
+    kind: str  # "branch", "layer" or "model"
     row_dims: int | None
     layers: tuple[str, ...]
 
@@ -47,6 +47,8 @@ def find_slots(model: nn.Module, batch: Any, loss_fn: LossFn) -> list[Slot]:
         loss_fn: ``loss_fn(model, batch)`` returns the scalar loss.
     """
     branches = _branches(model, batch, loss_fn)
+    if not branches and _row_dims(model, [""], batch, loss_fn):
+        return [Slot("", "model", 1, _layers(model, ""))]  # a plain chain is best sketched as one
     dims = _row_dims(model, branches, batch, loss_fn)
     inside = {n for b in branches for n, _ in model.named_modules() if _below(n, b)}
     found = [Slot(b, "branch", dims.get(b), _layers(model, b)) for b in branches]
@@ -58,7 +60,7 @@ def find_slots(model: nn.Module, batch: Any, loss_fn: LossFn) -> list[Slot]:
 
 
 def _below(name: str, top: str) -> bool:
-    return name == top or name.startswith(f"{top}.")
+    return not top or name == top or name.startswith(f"{top}.")
 
 
 def _layers(model: nn.Module, top: str) -> tuple[str, ...]:

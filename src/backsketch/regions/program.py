@@ -72,6 +72,20 @@ class Program:
             at = self.layouts[out.name]
             if at is None or at.dim != 0:
                 raise Coupled("an output has no rows (a loss or a statistic inside the region?)")
+            if not self._has_lead(value):
+                raise Coupled(
+                    f"an output of shape {tuple(value.shape)} does not have the {self.row_dims} leading "
+                    "dimensions of the first argument"
+                )
+
+    def _has_lead(self, value: Tensor) -> bool:
+        """Whether the leading sizes of an output are those of the arguments, axis by axis."""
+        if value.dim() < self.row_dims:
+            return False
+        sizes = [expr(size) for size in value.shape[: self.row_dims]]
+        return all(
+            size in axis if axis else size == 1 for size, axis in zip(sizes, self.symbols.axes)
+        )
 
     def build(self, bw: fx.GraphModule, inputs: Sequence[Any], compiler: Compiler) -> None:
         """Prepare both ways to run the backward graph."""
