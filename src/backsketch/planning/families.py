@@ -19,7 +19,7 @@ LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
 class Family:
     """One way to sketch a slot.
 
-    ``noise`` names the family whose extra variance it shares; ``keeps`` is empty where there is nothing to
+    ``noise`` names the family whose extra variance it shares; ``keeps`` is 1 alone where there is nothing to
     choose; ``times`` are the keeps at which it is timed, time being affine in keep.
     """
 

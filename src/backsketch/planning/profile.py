@@ -136,7 +136,6 @@ class _Observed:
     ) -> None:
         self.exact: list[list[Tensor]] = []
         self.calls: dict[str, Call] = {}
-        self.layers: dict[str, Call] = {}
         curves: dict[tuple[str, str], list[Curve]] = {}
         squares, total = 0.0, None
         with passes(model, loss_fn, among=()) as run:
@@ -148,7 +147,7 @@ class _Observed:
                     lambda: grads.extend(run.gradient(batch, number)),  # noqa: B023
                 )
                 if not number:
-                    self.calls, self.layers = calls, layers
+                    self.calls = calls
                 for key, curve in _curves(slots, calls, layers):
                     curves.setdefault(key, []).append(curve)
                 self.exact.append(grads)
@@ -162,7 +161,6 @@ class _Observed:
         mean = mean_square(*sums)
         self.beta = self.sgd / mean if mean > 0 else float("inf")
         self.step = _step_seconds(model, loss_fn, data[0])
-        self.half = 0.0
         self.bytes = _saved(lambda: loss_fn(model, data[0]), model)
 
     def profile(
@@ -213,8 +211,8 @@ class _Observed:
             reference = noise[slot.name, family.noise]
             curve = self.curves.get((slot.name, family.noise))
             slope, constant = _affine([(k, s) for k, s, _ in points])
-            for keep in family.keeps or (1.0,):
-                scale = curve.over(_REFERENCE)[keep] if curve and family.keeps != (1.0,) else 1.0
+            for keep in family.keeps:
+                scale = curve.over(_REFERENCE)[keep] if curve else 1.0
                 rules = {n: str(s) for n, s in family.rules(slot, keep).items()}
                 found.append(
                     Option(

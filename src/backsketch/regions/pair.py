@@ -8,6 +8,7 @@ passing saved values from one graph to the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import Function
 
+from backsketch.ops.once import once
 from backsketch.regions.program import Program
-from backsketch.regions.state import CURRENT
+from backsketch.regions.state import CURRENT, RegionState
 
 __all__ = ["Pair"]
 
@@ -98,10 +100,7 @@ class _Region(Function):
     @staticmethod
     def forward(ctx: Any, pair: Pair, *args: Any) -> Any:
         assert pair.forward is not None
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            with torch._C._DisableAutocast():  # the casts are in the graph
-                values = pair.forward(list(args))
-        else:
+        with _casts_in_the_graph():
             values = pair.forward(list(args))
         ctx.pair, ctx.state = pair, CURRENT.state
         ctx.sizes = [values[i] for i in pair.sizes]
@@ -116,38 +115,23 @@ class _Region(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        if torch.is_grad_enabled():
-            gradients = _RegionVJP.apply(ctx, *ctx.saved_tensors, *cotangents)
-        else:
-            gradients = _vjp(ctx, cotangents)
-        return None, *gradients
+        return None, *once(_vjp, ctx.pair, ctx.state, ctx.sizes, *ctx.saved_tensors, *cotangents)
 
 
-def _vjp(ctx: Any, cotangents: Sequence[Tensor]) -> Sequence[Any]:
-    pair: Pair = ctx.pair
-    values = [*ctx.saved_tensors, *ctx.sizes]
+def _vjp(pair: Pair, state: RegionState | None, sizes: list[int], *tensors: Tensor) -> Any:
+    """Gradients of the inputs, from the saved tensors and the cotangents of all outputs."""
+    saved, cotangents = tensors[: len(pair.saved)], tensors[len(pair.saved) :]
+    values = [*saved, *sizes]
     args = [values[i] for i in pair.order]
     args += [cotangents[i].contiguous() for i in pair.tangents]
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        with torch._C._DisableAutocast():
-            return pair.program.backward(ctx.state, args)
-    return pair.program.backward(ctx.state, args)
+    with _casts_in_the_graph():
+        return tuple(pair.program.backward(state, args))
 
 
-class _RegionVJP(Function):
-    """The backward pass as a Function of its own, so that differentiating it is an error with a reason."""
-
-    @staticmethod
-    def forward(ctx: Any, region: Any, *tensors: Any) -> Any:
-        num_saved = len(region.saved_tensors)
-        return tuple(_vjp(region, tensors[num_saved:]))
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        raise RuntimeError(
-            "backsketch does not support double backward: the gradient of a sketched gradient would not "
-            "be an unbiased second derivative. Put the call that needs it inside `with bs.exact(model):`."
-        )
+def _casts_in_the_graph() -> Any:
+    """Autocast off, where it is on: the captured graph holds the casts."""
+    on = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return torch._C._DisableAutocast() if on else nullcontext()
 
 
 def _outputs(module: fx.GraphModule) -> Sequence[Any]:
