@@ -17,7 +17,7 @@ from backsketch.planning.passes import passes, undisturbed
 from backsketch.planning.plan import Bill
 from backsketch.planning.slots import LossFn
 from backsketch.theory.cost import time_to_target_ratio
-from backsketch.theory.noise import mean_square, sgd_variance
+from backsketch.theory.noise import GradientSums
 
 __all__ = ["measured_bill"]
 
@@ -40,22 +40,19 @@ def measured_bill(
 
 
 def _noise(model: nn.Module, data: list[Any], loss_fn: LossFn) -> tuple[float, float]:
-    error, squares, total = 0.0, 0.0, None
+    error, sums = 0.0, GradientSums()
     with passes(model, loss_fn) as run:
         everything = [place.index for place in run.places]
         run.gradient(data[0], 0, everything)  # regions prove themselves
         for number, batch in enumerate(data):
             g = [t.double() for t in run.gradient(batch, number)]
-            squares += sum(float(t.square().sum()) for t in g)
-            total = g if total is None else [a + b for a, b in zip(total, g)]
+            sums.add(g)
             for draw in range(2):
                 noisy = run.gradient(batch, number, everything, draw)
                 error += sum(float((a - b).square().sum()) for a, b in zip(noisy, g)) / 2
-    assert total is not None
-    sums = len(data), squares, sum(float(t.square().sum()) for t in total)
-    sgd, mean = sgd_variance(*sums), mean_square(*sums)
+    sgd = sums.sgd_variance
     relative = error / len(data) / sgd if sgd > 0 else float("inf") if error else 0.0
-    return relative, sgd / mean if mean > 0 else float("inf")
+    return relative, sums.noise_scale
 
 
 def _time_ratio(model: nn.Module, batch: Any, loss_fn: LossFn) -> float:

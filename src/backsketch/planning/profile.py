@@ -30,7 +30,7 @@ from backsketch.planning.record import MaskOption, Option, Profile, SlotProfile
 from backsketch.planning.slots import LossFn, Slot, find_slots
 from backsketch.regions import Mask
 from backsketch.rules import unwrap
-from backsketch.theory.noise import mean_square, sgd_variance
+from backsketch.theory.noise import GradientSums
 
 __all__ = ["profile"]
 
@@ -137,7 +137,7 @@ class _Observed:
         self.exact: list[list[Tensor]] = []
         self.calls: dict[str, Call] = {}
         curves: dict[tuple[str, str], list[Curve]] = {}
-        squares, total = 0.0, None
+        sums = GradientSums()
         with passes(model, loss_fn, among=()) as run:
             for number, batch in enumerate(data):
                 grads: list[Tensor] = []
@@ -151,15 +151,9 @@ class _Observed:
                 for key, curve in _curves(slots, calls, layers):
                     curves.setdefault(key, []).append(curve)
                 self.exact.append(grads)
-                squares += sum(float(g.double().square().sum()) for g in grads)
-                flat = [g.double() for g in grads]
-                total = flat if total is None else [t + g for t, g in zip(total, flat)]
-        assert total is not None
+                sums.add(grads)
         self.curves = {key: mean_curve(found) for key, found in curves.items()}
-        sums = len(data), squares, sum(float(t.square().sum()) for t in total)
-        self.sgd = sgd_variance(*sums)
-        mean = mean_square(*sums)
-        self.beta = self.sgd / mean if mean > 0 else float("inf")
+        self.sgd, self.beta = sums.sgd_variance, sums.noise_scale
         self.step = _step_seconds(model, loss_fn, data[0])
         self.bytes = _saved(lambda: loss_fn(model, data[0]), model)
 

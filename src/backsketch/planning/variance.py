@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from backsketch import theory
 from backsketch.planning.injected import Injected, measured_rows, own_weights, predicted
 from backsketch.planning.ledger import Ledger, SiteError
 from backsketch.planning.passes import Caught, LossFn, Passes, Place, has_region, passes, places
 from backsketch.regions import Mask, Region, state_of
 from backsketch.rules import unwrap
+from backsketch.theory.noise import GradientSums
 
 __all__ = ["variance"]
 
@@ -227,13 +227,11 @@ class _Tally:
         self.run, self.names = run, list(run.parameters)
         self.sites = [_SiteTally(place, run.parameters) for place in order]
         self.total = _Column()
-        self.sum_of_squares, self.sum = 0.0, [torch.zeros(())]
+        self.sums = GradientSums()
 
     def batch(self, batch: Any, number: int, draws: int) -> None:
         exact, seen = self.run.observed(batch, number)
-        flat = [g.double() for g in exact]
-        self.sum_of_squares += sum(float(g.square().sum()) for g in flat)
-        self.sum = [a + b for a, b in zip(self.sum, flat)] if number else flat
+        self.sums.add(exact)
         for site in self.sites:
             site.see("exact", seen[site.place.index])
         for draw in range(draws):
@@ -264,18 +262,14 @@ class _Tally:
     def ledger(self, batches: int, draws: int, left_out: dict[str, str]) -> Ledger:
         total = self.total.totals
         cross = total - torch.stack([site.company.totals for site in self.sites]).sum(0)
-        sums = batches, self.sum_of_squares, sum(float(g.square().sum()) for g in self.sum)
-        noise = theory.sgd_variance(*sums) if batches > 1 else None
-        mean = theory.mean_square(*sums) if batches > 1 else 0.0
-        scale = None if noise is None else noise / mean if mean > 0 else math.inf
         return Ledger(
             sites=tuple(site.row(self.names) for site in self.sites),
             total=float(total.mean()),
             total_error=_standard_error(total),
             cross=float(cross.mean()),
             cross_error=_standard_error(cross),
-            sgd_variance=noise,
-            noise_scale=scale,
+            sgd_variance=self.sums.sgd_variance if batches > 1 else None,
+            noise_scale=self.sums.noise_scale if batches > 1 else None,
             batches=batches,
             draws=draws,
             left_out=left_out,

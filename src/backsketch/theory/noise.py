@@ -13,11 +13,13 @@ it. Source: McCandlish et al. 2018, appendix A.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["mean_square", "noise_scale", "noise_scale_at", "sgd_variance"]
+__all__ = ["GradientSums", "mean_square", "noise_scale", "noise_scale_at", "sgd_variance"]
 
 
 def sgd_variance(count: int, sum_of_squares: float, square_of_sum: float) -> float:
@@ -45,6 +47,45 @@ def mean_square(count: int, sum_of_squares: float, square_of_sum: float) -> floa
     return square_of_sum / count**2 - sgd_variance(count, sum_of_squares, square_of_sum) / count
 
 
+@dataclass
+class GradientSums:
+    """Running sums over minibatch gradients, for the two estimates above without keeping the gradients.
+
+    Example:
+        >>> sums = GradientSums()
+        >>> for g in (3.0, 1.0):
+        ...     sums.add([torch.tensor([g])])
+        >>> sums.sgd_variance, sums.noise_scale
+        (2.0, 0.6666666666666666)
+    """
+
+    count: int = 0
+    sum_of_squares: float = 0.0
+    total: list[Tensor] = field(default_factory=list)
+
+    def add(self, gradient: Sequence[Tensor]) -> None:
+        """Take the gradient of one more minibatch into account, a tensor per parameter."""
+        flat = [g.detach().to(torch.float64) for g in gradient]
+        self.sum_of_squares += sum(float(g.square().sum()) for g in flat)
+        self.total = [a + b for a, b in zip(self.total, flat)] if self.count else flat
+        self.count += 1
+
+    @property
+    def sgd_variance(self) -> float:
+        """See :func:`sgd_variance`."""
+        return sgd_variance(*self._sums)
+
+    @property
+    def noise_scale(self) -> float:
+        """See :func:`noise_scale`."""
+        mean = mean_square(*self._sums)
+        return self.sgd_variance / mean if mean > 0 else math.inf
+
+    @property
+    def _sums(self) -> tuple[int, float, float]:
+        return self.count, self.sum_of_squares, sum(float(t.square().sum()) for t in self.total)
+
+
 def noise_scale(gradients: Tensor) -> float:
     r""":math:`\beta` from minibatch gradients ``(B, d)``; infinite where the mean is lost in the noise.
 
@@ -52,10 +93,10 @@ def noise_scale(gradients: Tensor) -> float:
         >>> noise_scale(torch.tensor([[3.0], [1.0]]))  # variance 2, squared mean 4 - 2/2
         0.6666666666666666
     """
-    g = gradients.detach().flatten(1).to(torch.float64)
-    sums = len(g), float(g.square().sum()), float(g.sum(0).square().sum())
-    mean = mean_square(*sums)
-    return sgd_variance(*sums) / mean if mean > 0 else math.inf
+    sums = GradientSums()
+    for gradient in gradients:
+        sums.add([gradient])
+    return sums.noise_scale
 
 
 def noise_scale_at(beta: float, batch_ratio: float) -> float:
