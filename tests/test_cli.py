@@ -56,6 +56,16 @@ def test_with_arguments_nothing_is_compared_unless_asked(tmp_path):
     assert "exact" not in json.loads(Path("one/result.json").read_text())
 
 
+def test_a_sketch_may_be_a_mapping():
+    rules = '{"fc1": null, "": "rows:keep=0.5"}'
+    done = invoke(*QUICK, "--sketch", rules)
+    assert done.exit_code == 0, done.output
+    folder = Path("runs/mlp-digits-fc1-null-rows-keep=0.5")
+    assert json.loads((folder / "result.json").read_text())["config"]["sketch"] == rules
+    (row,) = [line for line in (folder / "sketch.txt").read_text().splitlines() if "fc1" in line]
+    assert "rows" not in row
+
+
 def test_options_arrive_in_the_configuration():
     arguments = "--sketch none --optimizer sgd --lr 0.5 --schedule cosine --warmup 0.1 --seed 3"
     more = "--momentum 0.5 --no-nesterov --weight-decay 0 --grad-accumulation 2 --limit-train 200"
@@ -78,6 +88,10 @@ def test_options_arrive_in_the_configuration():
         ("--sketch nonsense:keep=0.5", "nonsense"),
         ("--sketch rows:keep=1.5", "keep"),
         ("--sketch rows:keep=0", "keep"),
+        ('--sketch {"fc9":"rows:keep=0.5"}', "matches no module; near names: fc"),
+        ('--sketch {"fc1":"rows:keep=0.5"', "is not a JSON object"),
+        ("--sketch {}", "has no rules"),
+        ("--evaluations 0", "evaluations must be positive"),
         ("--model resnet", "model must be one of mlp, bagnet, vit"),
         ("--model mlp --patch 4", "model mlp has no option 'patch'"),
         ("--model vit --patch 3", "not a whole number of 3x3 patches"),

@@ -243,6 +243,21 @@ class TestResume:
         assert exact.history.losses[0] == sketched.history.losses[0]
         assert exact.history.losses[2] != sketched.history.losses[2]
 
+    @pytest.mark.parametrize("stop_at", [2, 3, 4], ids=["at a look", "between", "at the end"])
+    def test_looking_more_often_changes_nothing_else(self, tmp_path, stop_at):
+        data = toy()  # 4 steps an epoch
+        job = config(data, sketch="rows:keep=0.5")
+        once = fit(trainer_of(job, data, tmp_path / "once.pt"))
+        stop, often = StopRequest(), replace(job, evaluations=3)
+        with pytest.raises(Interrupted):
+            trainer_of(often, data, tmp_path / "often.pt").fit(StopAfter(stop_at, stop), stop)
+        trainer = trainer_of(often, data, tmp_path / "often.pt")
+        trainer.load()
+        fit(trainer)
+        assert [e.step for e in trainer.history.evaluations] == [1, 2, 4, 5, 6, 8, 9, 10, 12]
+        assert trainer.history.losses == once.history.losses
+        assert trainer.history.evaluations[-1].loss == once.history.evaluations[-1].loss
+
     def test_accumulation_changes_nothing_but_rounding(self, tmp_path):
         data = toy()
         runs = [

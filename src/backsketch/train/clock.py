@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 class StepClock:
     """Marks the end of each step; the seconds between marks are read once, at the end.
 
-    On CUDA the marks are events in the stream, so that timing never makes the device wait.
+    On CUDA the marks are events in the stream, so that timing never makes the device wait; elsewhere
+    they are readings of ``now``.
     """
 
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
+        self._cuda, self._now = device.type == "cuda", now
         self._marks: list[Any] = [self._mark()]
 
     def tick(self) -> None:
@@ -32,7 +34,7 @@ class StepClock:
 
     def _mark(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return self._now()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

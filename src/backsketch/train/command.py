@@ -55,7 +55,10 @@ def train_command(
     ] = None,
     sketch: Annotated[
         str | None,
-        _model(f"none, or a sketch such as rows:keep=0.5,scores=l2; default: {DEFAULT_SKETCH}"),
+        _model(
+            "none, a sketch such as rows:keep=0.5,scores=l2, or a JSON object from pattern to sketch; "
+            f"default: {DEFAULT_SKETCH}"
+        ),
     ] = None,
     dim: Annotated[int | None, _model("vit: width of the tokens")] = None,
     depth: Annotated[int | None, _model("vit: number of blocks")] = None,
@@ -83,6 +86,9 @@ def train_command(
     augment: Annotated[
         bool | None,
         _training("crop and mirror; default: for colour images", "--augment/--no-augment"),
+    ] = None,
+    evaluations: Annotated[
+        int | None, _run("looks at the test split, per epoch; default: 1")
     ] = None,
     seed: Annotated[int | None, _run("default: 0")] = None,
     device: Annotated[str | None, _run("auto | cpu | cuda | cuda:0; default: auto")] = None,

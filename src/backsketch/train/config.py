@@ -55,13 +55,14 @@ class TrainConfig:
     """Everything that decides the result of a run. `resolve` fills in what is not asked for.
 
     Attributes:
-        sketch: text for `backsketch.parse`, or `"none"`.
+        sketch: text for `parse_rules` (a sketch, or a JSON object from pattern to sketch), or `"none"`.
         compare: train the exact model beside the sketched one.
         batch_size: images per optimizer step, over all processes and accumulated micro-batches.
         grad_accumulation: micro-batches per optimizer step.
         augment: random crop and horizontal flip; by default for colour images only.
         device: `"auto"`, or a torch device; it does not take part in `mismatch`.
         threads: of a CPU; by default PyTorch's choice.
+        evaluations: how often an epoch looks at the test split, evenly spread, the last at its end.
     """
 
     model: str
@@ -86,13 +87,14 @@ class TrainConfig:
     limit_train: int | None = None
     label_column: str | None = None
     image_size: int | None = None
+    evaluations: int = 1
     model_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise TrainError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name in ("epochs", "batch_size", "grad_accumulation", "lr"):
+        for name in ("epochs", "batch_size", "grad_accumulation", "lr", "evaluations"):
             if not (value := getattr(self, name)) > 0:
                 raise TrainError(f"{name} must be positive, got {value}")
         if self.threads is not None and self.threads < 1:

@@ -11,7 +11,7 @@ import torch
 
 @dataclass
 class Evaluation:
-    """The test split at the end of an epoch."""
+    """The test split after some step; `epoch` counts the completed ones."""
 
     epoch: int
     step: int

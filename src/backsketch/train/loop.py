@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from backsketch.train.images import ImageData
 from backsketch.train.interrupt import Interrupted, StopRequest
 from backsketch.train.progress import TrainProgress
 from backsketch.train.setup import make_optimizer, make_schedule
+from backsketch.train.sketches import parse_rules
 from backsketch.train.state import misfit, random_state, restore, state_of
 
 CHECK_STOP_EVERY = 10  # steps between agreements of several processes on whether to stop
@@ -47,6 +49,7 @@ class Trainer:
         accelerator: device, precision, processes.
         checkpoint: the file that the run writes and resumes from.
         exact: train without the sketch of the job, as the run that is compared with.
+        now: the clock of the steps on a CPU.
 
     Raises:
         TrainError: the model does not fit the data, the sketch does not parse or does not fit.
@@ -60,10 +63,11 @@ class Trainer:
         checkpoint: Path,
         *,
         exact: bool = False,
+        now: Callable[[], float] = time.perf_counter,
     ):
         config = replace(job, sketch="none", compare=False) if exact else job
         self.job, self.config, self.data = job, config, data
-        self.accelerator, self.checkpoint = accelerator, checkpoint
+        self.accelerator, self.checkpoint, self.now = accelerator, checkpoint, now
         self.sketched = config.sketch != "none"
         self.report: bs.Report | None = None
         self.batches = Batches(
@@ -82,7 +86,7 @@ class Trainer:
         self.history = History()
 
     def fit(self, progress: TrainProgress, stop: StopRequest) -> None:
-        """Train to the end, with an evaluation and a checkpoint after every epoch.
+        """Train to the end, with evaluations as configured and a checkpoint after every epoch.
 
         Raises:
             Interrupted: a stop was requested; the checkpoint holds the step that it came in.
@@ -91,16 +95,20 @@ class Trainer:
         progress.start(name, self.total_steps, len(self.history.losses), self.config.epochs)
         while self.epoch < self.config.epochs:
             began = time.perf_counter()
-            stopped = self._train_epoch(progress, stop)
-            if self.step == self.batches.steps_per_epoch:
+            due = self._next_evaluation()
+            stopped = self._train_until(due, progress, stop)
+            ended = self.step == self.batches.steps_per_epoch
+            if ended:
                 self.epoch, self.step = self.epoch + 1, 0
-                evaluation = self.evaluate()
-                self.history.evaluations.append(evaluation)
-                if self.epoch in self._variance_epochs():
-                    self.history.extra_variances[self.epoch] = self.extra_variance()
-                progress.epoch(evaluation, self.last_epoch_loss())
+            if ended or self.step == due:
+                self.history.evaluations.append(self.evaluate())
+            if ended and self.epoch in self._variance_epochs():
+                self.history.extra_variances[self.epoch] = self.extra_variance()
+            if ended:
+                progress.epoch(self.history.evaluations[-1], self.last_epoch_loss())
             self.history.wall_seconds += time.perf_counter() - began
-            self.save()
+            if ended or stopped:
+                self.save()
             if stopped and self.epoch < self.config.epochs:
                 raise Interrupted(self.checkpoint, stop.signum)
 
@@ -165,7 +173,7 @@ class Trainer:
                 config.model, self.data.image_shape, self.data.num_classes, **config.model_options
             )
             if self.sketched:
-                self.report = bs.sketch_(model, bs.parse(config.sketch))
+                self.report = bs.sketch_(model, parse_rules(config.sketch))
         except ValueError as error:  # both explain themselves to the user
             raise TrainError(str(error)) from error
         if self.report is not None and not self.report.sketched:
@@ -190,17 +198,22 @@ class Trainer:
         scaler = self.accelerator.scaler
         return loss if scaler is None else loss * scaler.get_scale()
 
-    def _train_epoch(self, progress: TrainProgress, stop: StopRequest) -> bool:
-        """Steps to the end of the epoch or to a stop; returns whether there was one."""
+    def _next_evaluation(self) -> int:
+        """The step of this epoch after which the test split is looked at next."""
+        steps, times = self.batches.steps_per_epoch, self.config.evaluations
+        return next(s for i in range(times) if (s := steps * (i + 1) // times) > self.step)
+
+    def _train_until(self, due: int, progress: TrainProgress, stop: StopRequest) -> bool:
+        """Steps to a step of the epoch or to a stop; returns whether there was one."""
         self.model.train()
-        clock, losses, stopped = StepClock(self.accelerator.device), [], False
+        clock, losses, stopped = StepClock(self.accelerator.device, self.now), [], False
         for micro_batches in self.batches.train(self.epoch, self.step):
             losses.append(self._optimizer_step(micro_batches))
             clock.tick()
             self.step += 1
             wait_free = self.accelerator.device.type == "cpu" or self.step % SHOW_LOSS_EVERY == 0
             progress.step(float(losses[-1]) if wait_free else None)
-            if stopped := self._should_stop(stop):
+            if (stopped := self._should_stop(stop)) or self.step == due:
                 break
         mean = self.accelerator.reduce(torch.stack(losses), "mean") if losses else torch.empty(0)
         self.history.losses += mean.tolist()

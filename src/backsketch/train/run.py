@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-import backsketch as bs
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, resolve
 from backsketch.train.data import load_data
@@ -26,6 +25,7 @@ from backsketch.train.plot import plot_result
 from backsketch.train.progress import TrainProgress
 from backsketch.train.result import comparison, headline, result_of, verdict, write_json
 from backsketch.train.setup import make_accelerator
+from backsketch.train.sketches import parse_rules
 
 CHECKPOINT = "checkpoint.pt"
 EXACT_CHECKPOINT = "exact.pt"
@@ -88,7 +88,8 @@ def default_folder(options: Mapping[str, Any]) -> Path:
     """`runs/<model>-<data>-<sketch>`, the same for the same options, for `resume` to find."""
     data = Path(options.get("data", "digits")).name
     parts = [options.get("model", "mlp"), data, options.get("sketch", DEFAULT_SKETCH)]
-    return Path("runs") / "-".join(re.sub(r"[^\w.=]+", "-", part) for part in parts)
+    slugs = (re.sub(r"[^\w.=]+", "-", part).strip("-") for part in parts)
+    return Path("runs") / "-".join(slugs)[:120]
 
 
 def check_spec(spec: str) -> None:
@@ -104,7 +105,7 @@ def check_spec(spec: str) -> None:
         )
     if spec != "none":
         try:
-            bs.parse(spec)
+            parse_rules(spec)
         except ValueError as error:
             raise TrainError(str(error)) from error
 
