@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from backsketch.untouched import untouched
+
 __all__ = ["SavedBytes", "kept_by", "peak_bytes", "peak_of", "saved_bytes"]
 
 _HIGH_WATER = "VmHWM"
@@ -178,24 +180,6 @@ def _named(module: nn.Module, name: str, stack: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Buffers and every random stream are put back afterwards."""
-    from backsketch.sampling import get_rng_state, set_rng_state
-
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    state = get_rng_state()
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-        try:
-            yield
-        finally:
-            set_rng_state(state)
-            with torch.no_grad():
-                for name, b in model.named_buffers():
-                    b.copy_(buffers[name])
 
 
 # Peaks ------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from torch import nn
 
 from backsketch.memory import kept_by
 from backsketch.nn.swap import exact
-from backsketch.planning.passes import passes, undisturbed
+from backsketch.planning.passes import passes
 from backsketch.planning.plan import Bill
 from backsketch.planning.slots import LossFn
 from backsketch.theory.cost import time_to_target_ratio
 from backsketch.theory.noise import GradientSums
+from backsketch.untouched import untouched
 
 __all__ = ["measured_bill"]
 
@@ -31,7 +32,7 @@ def measured_bill(
     data = list(batches)
     if len(data) < 2:
         raise ValueError(f"measure: needs at least two batches, got {len(data)}")
-    with undisturbed(model):
+    with untouched(model, training=True, seed=0):
         variance, beta = _noise(model, data, loss_fn)
         ratio = _time_ratio(model, data[0], loss_fn)
         size = kept_by(model, lambda: loss_fn(model, data[0])).total

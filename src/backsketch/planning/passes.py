@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from backsketch.estimators import Sketch
 from backsketch.nn.swap import _EXACT, Swapped, is_swapped, sketch_of
 from backsketch.regions import RegionModule
-from backsketch.sampling import Keys, get_rng_state, keyed, set_rng_state
+from backsketch.sampling import Keys, keyed
+from backsketch.untouched import repeatable
 
-__all__ = ["Caught", "Passes", "Place", "has_region", "passes", "places", "undisturbed"]
+__all__ = ["Caught", "Passes", "Place", "has_region", "passes", "places"]
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
@@ -95,7 +96,7 @@ class Passes:
         self.keys.restart(number, draw)
         self.order.clear()
         parameters = list(self.parameters.values())
-        with self._toggled(active), _repeatable(self.model, number), torch.enable_grad():
+        with self._toggled(active), repeatable(self.model, number), torch.enable_grad():
             loss = _checked(self.loss_fn(self.model, batch), number)
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
@@ -177,37 +178,6 @@ def passes(
                 handle.remove()
             for module, training in modes.items():
                 module.training = training
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; modes, buffers and every random stream as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    stream = get_rng_state()
-    with _repeatable(model, 0):
-        try:
-            if not model.training:
-                model.train()
-            yield
-        finally:
-            set_rng_state(stream)
-            for module, training in modes.items():
-                module.training = training
-
-
-@contextmanager
-def _repeatable(model: nn.Module, seed: int) -> Iterator[None]:
-    """The global stream seeded inside; stream and buffers as before afterwards."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
 
 
 def _checked(loss: Any, number: int) -> Tensor:

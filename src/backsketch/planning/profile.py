@@ -25,12 +25,13 @@ from backsketch.planning.observe import (
     watch,
     weight_curve,
 )
-from backsketch.planning.passes import Passes, passes, undisturbed
+from backsketch.planning.passes import Passes, passes
 from backsketch.planning.record import MaskOption, Option, Profile, SlotProfile
 from backsketch.planning.slots import LossFn, Slot, find_slots
 from backsketch.regions import Mask
 from backsketch.rules import unwrap
 from backsketch.theory.noise import GradientSums
+from backsketch.untouched import untouched
 
 __all__ = ["profile"]
 
@@ -70,7 +71,7 @@ def profile(
     if any(is_swapped(m) for m in model.modules()):
         raise ValueError("profile: the model is sketched already; call bs.restore_(model) first")
     try:
-        with _bar(progress) as tick, undisturbed(model):
+        with _bar(progress) as tick, untouched(model, training=True, seed=0):
             return _measured(model, data, loss_fn, tick)
     finally:
         restore_(model)

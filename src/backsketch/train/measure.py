@@ -6,8 +6,7 @@ All functions leave the model, its buffers and gradients and every random stream
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import backsketch as bs
 from backsketch.memory import kept_by
+from backsketch.theory.noise import GradientSums
+from backsketch.untouched import repeatable, untouched
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
@@ -29,7 +30,7 @@ def backward_flops(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
     the fused kernel on a CPU.
     """
     counter = FlopCounterMode(display=False)
-    with _untouched(model), _sketch_stream_restored(), sdpa_kernel(SDPBackend.MATH):
+    with untouched(model, training=True, seed=0), sdpa_kernel(SDPBackend.MATH):
         loss = loss_fn(model, batch)
         with counter:
             _gradients(model, loss)
@@ -48,7 +49,7 @@ def saved_bytes(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
 
     Parameters and buffers, which exist anyway, do not count; see :func:`backsketch.saved_bytes`.
     """
-    with _untouched(model), _sketch_stream_restored():
+    with untouched(model, training=True, seed=0):
         return kept_by(model, lambda: loss_fn(model, batch)).total
 
 
@@ -69,49 +70,18 @@ def extra_variance(
     """
     if len(batches) < 2:
         raise ValueError(f"the variance over batches needs two batches, got {len(batches)}")
-    error, square, total = 0.0, 0.0, None
-    with _sketch_stream_restored():
+    error, sums = 0.0, GradientSums()
+    with untouched(model, training=True):
         for number, batch in enumerate(batches):
             with bs.exact(model):
                 exact = _gradient(model, batch, loss_fn, number)
-            square += float(exact.square().sum())
-            total = exact if total is None else total + exact
+            sums.add([exact])
             for _ in range(draws):
                 sketched = _gradient(model, batch, loss_fn, number)
                 error += float((sketched - exact).square().sum())
-    assert total is not None
-    count = len(batches)
-    variance = (square - float(total.square().sum()) / count) / (count - 1)
-    ratio = error / (count * draws) / variance if variance > 0 else math.nan
+    variance = sums.sgd_variance
+    ratio = error / (len(batches) * draws) / variance if variance > 0 else math.nan
     return ratio if math.isfinite(ratio) else None
-
-
-@contextmanager
-def _untouched(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Training mode and a fixed PyTorch seed inside; afterwards everything as it was."""
-    device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        model.train()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
-
-
-@contextmanager
-def _sketch_stream_restored() -> Iterator[None]:
-    state = bs.get_rng_state()
-    try:
-        yield
-    finally:
-        bs.set_rng_state(state)
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -123,6 +93,6 @@ def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 
 def _gradient(model: nn.Module, batch: B, loss_fn: LossFn[B], seed: int) -> Tensor:
     """The whole gradient as one float64 vector; the same seed draws the same dropout."""
-    with _untouched(model, seed):
+    with repeatable(model, seed):
         grads = _gradients(model, loss_fn(model, batch))
     return torch.cat([g.flatten().double() for g in grads])

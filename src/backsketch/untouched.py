@@ -1,0 +1,54 @@
+"""Measure a model, and put it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from backsketch.sampling import get_rng_state, set_rng_state
+
+__all__ = ["repeatable", "untouched"]
+
+
+@contextmanager
+def untouched(
+    model: nn.Module, *, training: bool = False, seed: int | None = None
+) -> Iterator[None]:
+    """Afterwards buffers, modes and every random stream are as before.
+
+    Args:
+        model: any module.
+        training: put a model that evaluates in training mode; parts that a training model keeps in eval
+            mode stay there.
+        seed: of PyTorch's stream inside; None leaves the stream where it is.
+    """
+    modes = {module: module.training for module in model.modules()}
+    stream = get_rng_state()
+    with repeatable(model, seed):
+        try:
+            if training and not model.training:
+                model.train()
+            yield
+        finally:
+            set_rng_state(stream)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@contextmanager
+def repeatable(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """PyTorch's stream and the buffers as before afterwards: two such blocks see the same dropout masks."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
