@@ -95,6 +95,16 @@ def counting(monkeypatch, tmp_path):
 COMMITTED = [path for path in CONFIGS if (ROOT / "results" / path.stem).is_dir()]
 
 
+GPU = sorted((ROOT / "benchmarks" / "sweeps" / "gpu").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "path", [*CONFIGS, *GPU], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_configuration_can_be_expanded(path):
+    assert SweepConfig.load(path).jobs()
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_the_committed_sweeps_are_valid_and_their_results_complete(path):
     config = SweepConfig.load(path)
@@ -130,6 +140,15 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_continues(counting, tmp_pat
     assert len(Store(tmp_path / "counted").finished()) == 1
     run_sweep(config, tmp_path, console=quiet())
     assert counting.runs() == [1, 2, 2, 3]  # the second was running when it was cut off
+    assert not (tmp_path / "counted" / "jobs").exists()
+
+
+def test_a_sweep_killed_before_it_was_gathered_is_gathered_next_time(counting, tmp_path):
+    config = counting(number=[1])
+    Store(tmp_path / "counted").save(config.jobs()[0], {"status": "done", "result": {"number": 1}})
+    run_sweep(config, tmp_path, console=quiet())
+    assert counting.runs() == []
+    assert len(Sweep.load(tmp_path / "counted").jobs) == 1
     assert not (tmp_path / "counted" / "jobs").exists()
 
 

@@ -7,13 +7,13 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Job", "SweepConfig", "SweepError"]
 
-_KEYS = {"report", "parts", "workers", "threads", "about"}
+_KEYS = {"report", "parts", "workers", "threads", "about", "settings"}
 _PART_KEYS = {"problem", "fixed", "grid"}
 
 
@@ -56,6 +56,7 @@ class SweepConfig:
         workers: processes; 0 runs the jobs in this one.
         threads: of PyTorch in each process.
         about: a sentence for the report.
+        settings: what the view is told, such as a target accuracy; no job depends on it.
 
     Raises:
         SweepError: a field, a problem or an option that does not exist.
@@ -67,6 +68,7 @@ class SweepConfig:
     workers: int = 2
     threads: int = 1
     about: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.workers < 0 or self.threads < 1:
@@ -113,7 +115,7 @@ def _expand(part: Mapping[str, Any], where: str) -> list[Job]:
     name = str(part.get("problem"))
     if name not in PROBLEMS:
         raise SweepError(f"{where}: problem must be one of {', '.join(PROBLEMS)}; got {name!r}")
-    known = {field.name for field in fields(PROBLEMS[name].options)}
+    known = {option.name for option in fields(PROBLEMS[name].options)}
     grids = part.get("grid", {})
     jobs = []
     for grid in [grids] if isinstance(grids, Mapping) else grids:

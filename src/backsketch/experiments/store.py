@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class Store:
         """Ids of the jobs that need not run again; failed ones are tried again."""
         return {i for i, record in self.records().items() if record["status"] == "done"}
 
+    @property
+    def is_scattered(self) -> bool:
+        """Whether there are records that were never gathered: the sweep was killed between the two."""
+        return (self.folder / JOBS).is_dir()
+
     def save(self, job: Job, record: Mapping[str, Any]) -> None:
         """Write the outcome of a job."""
         head = {"id": job.id, "problem": job.problem, "options": dict(job.options)}
@@ -52,12 +57,24 @@ class Store:
         """Write all records of a sweep's jobs into one file, and drop the single ones."""
         records = self.records()
         jobs = [records[job.id] for job in config.jobs() if job.id in records]
-        head = {"name": config.name, "report": config.report, "about": config.about}
-        write(self.folder / SWEEP, {**head, "machine": machine(), "jobs": jobs})
+        write(self.folder / SWEEP, {**_head(config), "machine": machine(), "jobs": jobs})
         for path in (self.folder / JOBS).glob("*.json"):
             path.unlink()
         if (self.folder / JOBS).is_dir():
             (self.folder / JOBS).rmdir()
+
+    def describe(self, config: SweepConfig) -> None:
+        """Bring what a gathered sweep says of itself up to its configuration; jobs and machine stay."""
+        path = self.folder / SWEEP
+        content = _read(path)
+        described = {**content, **_head(config)}
+        if described != content:
+            write(path, {**_head(config), "machine": content["machine"], "jobs": content["jobs"]})
+
+
+def _head(config: SweepConfig) -> dict[str, Any]:
+    head = {"name": config.name, "report": config.report, "about": config.about}
+    return {**head, "settings": dict(config.settings)} if config.settings else head
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Sweep:
     about: str
     machine: Mapping[str, Any]
     jobs: tuple[Mapping[str, Any], ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Sweep:

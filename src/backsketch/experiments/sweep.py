@@ -59,8 +59,10 @@ def run_sweep(
             live.ended(job, record)
             if record["status"] == "failed":
                 failed.append(job.label)
-    if missing:
+    if missing or store.is_scattered:
         store.gather(config)
+    else:
+        store.describe(config)
     return failed
 
 

@@ -7,6 +7,7 @@ figures are medians over the rounds, and ratios are medians of the ratio *within
 from __future__ import annotations
 
 import copy
+import fnmatch
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from backsketch.convert import sketch_
 from backsketch.estimators import parse
 from backsketch.memory import kept_by
 
-__all__ = ["BenchConfig", "BenchRow", "run_bench", "table"]
+__all__ = ["BenchConfig", "BenchRow", "checkpointed", "clock_of", "run_bench", "table"]
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,14 @@ class _Variant:
         return middle - start, self.now() - start
 
 
-def _clock(config: BenchConfig) -> Callable[[], float]:
-    read = time.process_time if config.clock == "cpu" else time.perf_counter
-    if torch.device(config.device).type != "cuda":
+def clock_of(clock: str, device: str) -> Callable[[], float]:
+    """A clock, ``"wall"`` or ``"cpu"`` time, that waits for what a GPU still has to do."""
+    read = time.process_time if clock == "cpu" else time.perf_counter
+    if torch.device(device).type != "cuda":
         return read
 
     def synchronized() -> float:
-        torch.cuda.synchronize(config.device)
+        torch.cuda.synchronize(device)
         return read()
 
     return synchronized
@@ -188,7 +190,7 @@ def _variants(config: BenchConfig) -> list[_Variant]:
     x = torch.randn(config.batch_size, *config.image_shape, generator=generator)
     y = torch.randint(10, (config.batch_size,), generator=generator)
     batch = (x.to(config.device), y.to(config.device))
-    now = _clock(config)
+    now = clock_of(config.clock, config.device)
 
     def variant(name: str, keep: float, made: nn.Module, sketch: bool = False) -> _Variant:
         call = torch.compile(made) if config.compile else made
@@ -206,7 +208,7 @@ def _variants(config: BenchConfig) -> list[_Variant]:
         small.batch = (batch[0][:n], batch[1][:n])
         variants.append(small)
     if config.checkpoint:
-        variants.append(variant("checkpoint", 1.0, _checkpointed(model, config.checkpoint)))
+        variants.append(variant("checkpoint", 1.0, checkpointed(model, config.checkpoint)))
     if not config.compile:
         other = copy.deepcopy(model)
         variants.append(_Variant("compiled exact", 1.0, other, batch, torch.compile(other), now))
@@ -222,16 +224,26 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
-def _checkpointed(model: nn.Module, patterns: Sequence[str]) -> nn.Module:
-    import fnmatch
+def checkpointed(model: nn.Module, patterns: Sequence[str]) -> nn.Module:
+    """The model with the submodules that match under activation checkpointing, on the same parameters.
 
-    model = copy.deepcopy(model)
-    names = [n for n, _ in model.named_modules()]
-    for name in names:
-        if any(fnmatch.fnmatchcase(name, p) for p in patterns):
+    Args:
+        model: left as it is.
+        patterns: globs on qualified names, of which the outermost matches count; ``""`` is the model itself.
+    """
+    # The memo makes the copy share what is not a module.
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, memo)
+    if "" in patterns:
+        return _Checkpointed(model)
+    wrapped: list[str] = []
+    for name in [n for n, _ in model.named_modules()]:
+        inside = any(name.startswith(f"{above}.") for above in wrapped)
+        if not inside and any(fnmatch.fnmatchcase(name, p) for p in patterns):
+            wrapped.append(name)
             parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, leaf, _Checkpointed(model.get_submodule(name)))
+            inner = _Checkpointed(model.get_submodule(name))
+            setattr(model.get_submodule(parent), leaf, inner)
     return model
 
 

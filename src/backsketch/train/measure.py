@@ -31,6 +31,8 @@ def backward_flops(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
     """
     counter = FlopCounterMode(display=False)
     with untouched(model, training=True, seed=0), sdpa_kernel(SDPBackend.MATH):
+        # The first pass of a region captures and checks it, which later ones do not repeat.
+        _gradients(model, loss_fn(model, batch))
         loss = loss_fn(model, batch)
         with counter:
             _gradients(model, loss)

@@ -56,10 +56,10 @@ def result_of(trainer: Trainer, setup_seconds: float) -> dict[str, Any]:
     }
 
 
-def curve(history: History) -> dict[str, list[float]]:
-    """Loss against steps and training seconds, averaged over at most `CURVE_POINTS` stretches."""
+def curve(history: History, points: int = CURVE_POINTS) -> dict[str, list[float]]:
+    """Loss against steps and training seconds, averaged over at most `points` stretches."""
     count = len(history.losses)
-    edges = torch.linspace(0, count, min(count, CURVE_POINTS) + 1).round().int().tolist()
+    edges = torch.linspace(0, count, min(count, points) + 1).round().int().tolist()
     seconds = history.cumulative_seconds()
     stretches = [history.losses[a:b] for a, b in pairwise(edges)]
     return {

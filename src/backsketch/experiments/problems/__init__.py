@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from backsketch.experiments.problems import depth, descent, ledger, noise
+from backsketch.experiments.problems import depth, descent, ledger, noise, step_time, training
 
 __all__ = ["PROBLEMS", "Problem"]
 
@@ -30,5 +30,7 @@ PROBLEMS: Mapping[str, Problem] = MappingProxyType(
         "noise": Problem(noise.Noise, noise.run),
         "depth": Problem(depth.Depth, depth.run),
         "ledger": Problem(ledger.LedgerOf, ledger.run),
+        "training": Problem(training.Training, training.run),
+        "step_time": Problem(step_time.StepTime, step_time.run),
     }
 )

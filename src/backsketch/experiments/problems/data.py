@@ -1,16 +1,18 @@
-"""Data of the small problems: standardised rows in memory, found locally or on the hub."""
+"""Data of the small problems: in memory, found locally or on the hub."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
 
 from backsketch.train.data import load_data
+from backsketch.train.images import ImageData
 
-__all__ = ["images", "located"]
+__all__ = ["dataset", "images", "located"]
 
 
 def located(name: str) -> str:
@@ -18,6 +20,17 @@ def located(name: str) -> str:
     root = os.environ.get("BACKSKETCH_DATA")
     local = Path(root) / name.rpartition("/")[2] if root else None
     return str(local) if local is not None and local.is_dir() else name
+
+
+@lru_cache(maxsize=2)
+def dataset(name: str, limit: int | None, limit_test: int | None = None) -> ImageData:
+    """A seeded subset of the training images, and the first ``limit_test`` of the test images."""
+    data = replace(load_data(located(name)).limited(limit), name=name)
+    return replace(
+        data,
+        test_images=data.test_images[:limit_test].clone(),
+        test_labels=data.test_labels[:limit_test].clone(),
+    )
 
 
 @lru_cache(maxsize=4)

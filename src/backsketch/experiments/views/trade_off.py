@@ -10,23 +10,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import backsketch as bs
 from backsketch import theory
 from backsketch.experiments.config import SweepError
 from backsketch.experiments.store import Sweep
-from backsketch.experiments.views.page import COLOURS, Page, TextTable, dress, new_figure
+from backsketch.experiments.views import families
+from backsketch.experiments.views.page import Page, TextTable, dress, new_figure
 
 __all__ = ["Arm", "arms", "page", "ratios"]
-
-FAMILIES = (
-    "rows",
-    "columns",
-    "low rank",
-    "elements",
-    "rows, uniform",
-    "smaller batch",
-    "stored rows",
-)
 
 
 @dataclass(frozen=True)
@@ -88,8 +78,12 @@ def _arm(
     foreseen = [(_foreseen(o, noise, variance, spectrum), o["lr"]) for o, _ in runs]
     predicted, predicted_lr = min(foreseen)
     return Arm(
-        family=_family(sketch) if sketch != "none" else "exact" if share == 1 else "smaller batch",
-        keep=share if sketch == "none" else _keep(sketch),
+        family=families.family(sketch)
+        if sketch != "none"
+        else "exact"
+        if share == 1
+        else "smaller batch",
+        keep=share if sketch == "none" else families.keep(sketch),
         cost=runs[0][1]["cost"] * share,
         lr=lr,
         steps=steps,
@@ -115,18 +109,6 @@ def _foreseen(
         return math.inf
     flow = noise["time"], noise["gap"]
     return theory.steps_to_target(lr, options["target"], *flow, variance, spectrum)
-
-
-def _family(sketch: str) -> str:
-    parsed = bs.parse(sketch)
-    scores = getattr(parsed, "scores", "")
-    plain = {"optimal", "l2"} if parsed.name != "rows" else {"optimal"}
-    return parsed.name.replace("_", " ") + (f", {scores}" if scores and scores not in plain else "")
-
-
-def _keep(sketch: str) -> float:
-    parsed = bs.parse(sketch)
-    return float(getattr(parsed, "keep", 1.0))
 
 
 def page(sweep: Sweep) -> Page:
@@ -180,7 +162,7 @@ def _figure(found: list[Arm]) -> Figure:
     costs = {id(arm): ratios(arm, exact) for arm in found}
     for family in dict.fromkeys(arm.family for arm in found[1:]):
         own = [arm for arm in found if arm.family == family]
-        colour = COLOURS[FAMILIES.index(family) % len(COLOURS) if family in FAMILIES else -1]
+        colour = families.colour(family)
         _curve(left, own, [a.steps for a in own], [a.predicted_steps for a in own], colour, family)
         both = [costs[id(arm)] for arm in own]
         _curve(right, own, [b for _, b in both], [a for a, _ in both], colour, family)

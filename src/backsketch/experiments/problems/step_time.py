@@ -1,0 +1,104 @@
+"""Seconds of a training step, all arms in turn in one process: what steps to a target are multiplied by."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from backsketch.experiments.problems.data import dataset
+from backsketch.experiments.problems.training import Training, WatchedTrainer, config_of
+from backsketch.planning.bench import checkpointed, clock_of
+from backsketch.train import measure
+from backsketch.train.batches import Batch
+from backsketch.train.setup import make_accelerator
+
+__all__ = ["StepTime", "run"]
+
+WARM_UP = 4
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Whole training steps: forward, backward and optimizer, on batches as in training.
+
+    Attributes:
+        arms: name to options of :class:`Training` (``batch_size``, ``sketch``, ...) and ``checkpoint``,
+            patterns of submodules under activation checkpointing.
+        rounds: in each of which every arm makes one step.
+        clock: ``"cpu"`` for the processor time of this process, meant for one thread; ``"wall"`` for a GPU.
+    """
+
+    model: str
+    data: str
+    arms: Mapping[str, Mapping[str, Any]]
+    limit: int | None = None
+    rounds: int = 30
+    device: str = "cpu"
+    clock: str = "cpu"
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Arm:
+    """A trainer that steps when it is told to."""
+
+    def __init__(self, options: StepTime, arm: str, folder: str) -> None:
+        given = dict(options.arms[arm])
+        patterns = given.pop("checkpoint", ())
+        job = Training(
+            arm, options.model, options.data, limit=options.limit, device=options.device,
+            **{"train": options.train, **given},
+        )  # fmt: skip
+        data = dataset(job.data, job.limit)
+        config = config_of(job, data)
+        accelerator = make_accelerator(config.device, config.precision)
+        self.trainer = WatchedTrainer(config, data, accelerator, Path(folder) / "unused.pt")
+        if patterns:
+            self.trainer.model = checkpointed(self.trainer.core, patterns)
+        self.trainer.model.train()
+        self.now = clock_of(options.clock, config.device)
+        self.seconds: list[float] = []
+        self.count = 0
+
+    def step(self) -> None:
+        """One step and its time; loading the batch does not count."""
+        steps = self.trainer.batches.steps_per_epoch
+        micro_batches = next(self.trainer.batches.train(*divmod(self.count, steps)))
+        began = self.now()
+        self.trainer.optimizer_step(micro_batches)
+        self.seconds.append(self.now() - began)
+        self.count += 1
+
+    def saved_bytes(self) -> int:
+        batch = next(self.trainer.batches.train(0))[0]
+        return measure.saved_bytes(self.trainer.model, batch, self._loss)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
+
+
+def run(options: StepTime) -> dict[str, Any]:
+    """By arm: median ``seconds`` of a step with its quartiles, and ``saved_bytes``.
+
+    The arms take turns, in another order each round, so that a slow moment of the machine is shared.
+    """
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        arms = {name: _Arm(options, name, folder) for name in options.arms}
+        names = list(arms)
+        for turn in range(WARM_UP + options.rounds):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                arms[name].step()
+        return {"arms": {name: _summary(arm) for name, arm in arms.items()}}
+
+
+def _summary(arm: _Arm) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(arm.seconds[WARM_UP:], n=4)
+    saved = arm.saved_bytes()
+    return {"seconds": middle, "quartiles": [low, high], "saved_bytes": saved}

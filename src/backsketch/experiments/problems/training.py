@@ -1,0 +1,142 @@
+"""One training run, whole, with what an equal-cost comparison needs: a record of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from backsketch.experiments.problems.data import dataset
+from backsketch.theory.noise import GradientSums
+from backsketch.train import measure
+from backsketch.train.config import TrainConfig, resolve
+from backsketch.train.images import ImageData
+from backsketch.train.interrupt import StopRequest
+from backsketch.train.loop import Trainer
+from backsketch.train.progress import TrainProgress
+from backsketch.train.result import curve
+from backsketch.train.setup import make_accelerator
+from backsketch.untouched import untouched
+
+__all__ = ["Training", "WatchedTrainer", "config_of", "run", "sketch_text"]
+
+CURVE_POINTS = 40
+NOISE_BATCHES = 16
+_OWN = ("arm", "limit", "limit_test", "train")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of ``backsketch train``.
+
+    Attributes:
+        arm: what it is called in tables.
+        sketch: text for :func:`backsketch.train.sketches.parse_rules`, a mapping from pattern to such
+            texts, ``"auto"`` or ``"none"``.
+        limit, limit_test: how many images; all by default.
+        evaluations: looks at the test split, per epoch.
+        train: further options of :class:`backsketch.train.config.TrainConfig`; the recipe of the model
+            decides the rest.
+    """
+
+    arm: str
+    model: str
+    data: str
+    sketch: str | Mapping[str, str | None] = "none"
+    lr: float | None = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    seed: int = 0
+    limit: int | None = None
+    limit_test: int | None = None
+    evaluations: int = 1
+    device: str = "cpu"
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sketch_text(sketch: str | Mapping[str, str | None]) -> str:
+    """A sketch as ``backsketch train`` takes it."""
+    return sketch if isinstance(sketch, str) else json.dumps(dict(sketch))
+
+
+def config_of(options: Training, data: ImageData) -> TrainConfig:
+    """The configuration of the run, with everything decided."""
+    given = {k: v for k, v in vars(options).items() if k not in _OWN and v is not None}
+    given |= {"sketch": sketch_text(options.sketch), **options.train}
+    return resolve(given, num_train=data.num_train, image_shape=data.image_shape)
+
+
+class WatchedTrainer(Trainer):
+    """A trainer that also measures the noise scale of exact gradients, wherever the extra variance is due."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.noise_scales: dict[int, float] = {}
+
+    def extra_variance(self) -> float | None:
+        if not self.sketched:
+            self.noise_scales[self.epoch] = self._noise_scale()
+        return super().extra_variance()
+
+    def _noise_scale(self) -> float:
+        sums = GradientSums()
+        parameters = list(self.core.parameters())
+        with untouched(self.core, training=True, seed=0):
+            for number in range(NOISE_BATCHES):
+                epoch, step = divmod(number, self.batches.steps_per_epoch)
+                batch = self._micro_batch(self.config.epochs + epoch, step)
+                sums.add(torch.autograd.grad(self._loss(self.core, batch), parameters))
+        return sums.noise_scale
+
+
+def run(options: Training) -> dict[str, Any]:
+    """The run over time, its cost, its extra variance and, of exact runs, its noise scale.
+
+    ``evaluations`` and ``curve`` hold steps; ``seconds`` is processor time of the training steps of this
+    process (meant for one thread), evaluation and measurements excluded. ``backward_flops`` is that of the
+    matrix products in one backward pass.
+    """
+    data = dataset(options.data, options.limit, options.limit_test)
+    config = config_of(options, data)
+    accelerator = make_accelerator(config.device, config.precision)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=devices):
+        checkpoint = Path(folder) / "checkpoint.pt"
+        trainer = WatchedTrainer(config, data, accelerator, checkpoint, now=time.process_time)
+        trainer.fit(TrainProgress(Console(quiet=True), enabled=False), StopRequest())
+        backward_flops = measure.backward_flops(
+            trainer.core, trainer._micro_batch(0, 0), trainer._loss
+        )
+    return {**record(trainer), "backward_flops": backward_flops}
+
+
+def record(trainer: WatchedTrainer) -> dict[str, Any]:
+    """What a finished run has to say, with plain values."""
+    history = trainer.history
+    loss = curve(history, CURVE_POINTS)
+    return {
+        "evaluations": {
+            key: [getattr(e, key) for e in history.evaluations]
+            for key in ("step", "accuracy", "loss")
+        },
+        "curve": {key: loss[key] for key in ("step", "train_loss")},
+        "accuracy": history.evaluations[-1].accuracy,
+        "train_loss": trainer.last_epoch_loss(),
+        "steps": len(history.losses),
+        "steps_per_epoch": trainer.batches.steps_per_epoch,
+        "seconds": history.train_seconds,
+        "batch_size": trainer.config.batch_size,
+        "epochs": trainer.config.epochs,
+        "lr": trainer.config.lr,
+        "saved_bytes": trainer.cost["peak_saved_bytes"],
+        "backward_flops_ratio": trainer.cost["backward_flops_ratio"],
+        "extra_variance": {str(k): v for k, v in history.extra_variances.items()},
+        "noise_scale": {str(k): v for k, v in trainer.noise_scales.items()},
+    }

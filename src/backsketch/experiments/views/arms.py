@@ -1,0 +1,186 @@
+"""The arms of an equal-cost comparison: each at its own best learning rate, over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from backsketch.experiments.config import SweepError
+from backsketch.experiments.problems.training import sketch_text
+from backsketch.experiments.store import Sweep
+
+__all__ = ["Arm", "Run", "arms", "best_exact", "mean_error", "reached", "relative_time"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training run."""
+
+    options: Mapping[str, Any]
+    result: Mapping[str, Any]
+
+    @property
+    def step_key(self) -> tuple[str, int, str]:
+        """What decides how long a step takes."""
+        return _step_key({**self.options, "batch_size": self.result["batch_size"]})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All runs of an arm at the learning rate that was best on its first seed.
+
+    Attributes:
+        step_seconds: of a step on a quiet machine where it was measured, else of the runs themselves.
+        quiet: which of the two.
+        saved_bytes: kept for the backward pass of a step.
+        target: accuracy to reach.
+    """
+
+    name: str
+    runs: Sequence[Run]
+    lr: float
+    step_seconds: float
+    quiet: bool
+    saved_bytes: float
+    target: float
+    checkpointed: bool = False
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its gradients are exact."""
+        return self.first.options.get("sketch", "none") == "none"
+
+    @property
+    def model(self) -> str:
+        """What else was changed: arms of other models are not compared with each other."""
+        return json.dumps(self.first.options.get("train", {}), sort_keys=True)
+
+    @property
+    def steps(self) -> dict[int, float | None]:
+        """Steps to the target by seed; None where it was not reached."""
+        return {r.options.get("seed", 0): reached(r.result, self.target) for r in self.runs}
+
+    @property
+    def seconds(self) -> dict[int, float] | None:
+        """Seconds to the target by seed; None unless every seed reached it."""
+        found = {seed: s * self.step_seconds for seed, s in self.steps.items() if s is not None}
+        return found if len(found) == len(self.runs) else None
+
+    @property
+    def accuracies(self) -> list[float]:
+        """At the end of training."""
+        return [run.result["accuracy"] for run in self.runs]
+
+
+def reached(result: Mapping[str, Any], target: float) -> float | None:
+    """The step at which the accuracy first meets the target, linear between evaluations."""
+    before = (0, 0.0)
+    looks = result["evaluations"]
+    for step, accuracy in zip(looks["step"], looks["accuracy"]):
+        if accuracy >= target:
+            share = (target - before[1]) / (accuracy - before[1])
+            return float(before[0] + share * (step - before[0]))
+        before = (step, accuracy)
+    return None
+
+
+def arms(sweep: Sweep) -> list[Arm]:
+    """Every arm of a sweep, in its order; checkpointing follows the exact arm whose steps it makes.
+
+    Raises:
+        SweepError: there is no run, or no target in the settings.
+    """
+    if "target" not in sweep.settings:
+        raise SweepError(f"{sweep.name}: an equal-cost report needs a target in its settings")
+    target = float(sweep.settings["target"])
+    runs: dict[str, list[Run]] = {}
+    for options, result in sweep.done("training"):
+        runs.setdefault(options["arm"], []).append(Run(options, result))
+    if not runs:
+        raise SweepError(f"{sweep.name}: there is no training run")
+    quiet, checkpoints = _quiet_steps(sweep)
+    found = []
+    for name, own in runs.items():
+        made = _arm(name, own, target, quiet)
+        found.append(made)
+        for other, entry in checkpoints:
+            if made.is_exact and made.first.step_key == _step_key(entry["options"]):
+                found.append(_checkpointed(made, other, entry))
+        checkpoints = [c for c in checkpoints if c[0] not in {a.name for a in found}]
+    return found
+
+
+def best_exact(found: Iterable[Arm], model: str) -> Arm | None:
+    """The arm with exact gradients that reaches the target first."""
+    timed = [a for a in found if a.is_exact and a.model == model and a.seconds is not None]
+    return min(
+        timed, key=lambda arm: mean_error(list((arm.seconds or {}).values()))[0], default=None
+    )
+
+
+def relative_time(arm: Arm, base: Arm) -> tuple[float, float] | None:
+    """Time to the target over that of another arm, seed by seed: mean and standard error."""
+    own, other = arm.seconds, base.seconds
+    if own is None or other is None or not (shared := own.keys() & other.keys()):
+        return None
+    return mean_error([own[seed] / other[seed] for seed in sorted(shared)])
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of one value is not a number."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def _arm(name: str, runs: list[Run], target: float, quiet: Mapping[Any, Mapping[str, Any]]) -> Arm:
+    first = min(run.options.get("seed", 0) for run in runs)
+    tuned = [run for run in runs if run.options.get("seed", 0) == first]
+    lr = min(tuned, key=lambda run: _rank(run.result, target)).result["lr"]
+    own = sorted(
+        (run for run in runs if run.result["lr"] == lr), key=lambda r: r.options.get("seed", 0)
+    )
+    entry = quiet.get(own[0].step_key)
+    seconds = statistics.median(run.result["seconds"] / run.result["steps"] for run in own)
+    return Arm(
+        name, own, lr, entry["seconds"] if entry else seconds, entry is not None,
+        own[0].result["saved_bytes"], target,
+    )  # fmt: skip
+
+
+def _rank(result: Mapping[str, Any], target: float) -> tuple[float, float]:
+    """Sooner at the target first; of those that do not arrive, the most accurate."""
+    steps = reached(result, target)
+    return (math.inf if steps is None else steps, -result["accuracy"])
+
+
+def _checkpointed(exact: Arm, name: str, entry: Mapping[str, Any]) -> Arm:
+    return replace(
+        exact, name=name, step_seconds=entry["seconds"], saved_bytes=entry["saved_bytes"],
+        checkpointed=True,
+    )  # fmt: skip
+
+
+def _quiet_steps(sweep: Sweep) -> tuple[dict[Any, Any], list[tuple[str, dict[str, Any]]]]:
+    """Quiet step times by what decides them, and those of checkpointing by name."""
+    plain, checkpoints = {}, []
+    for options, result in sweep.done("step_time"):
+        for name, entry in result["arms"].items():
+            given = {"train": options.get("train", {}), **options["arms"][name]}
+            if given.get("checkpoint"):
+                checkpoints.append((name, {**entry, "options": given}))
+            else:
+                plain[_step_key(given)] = entry
+    return plain, checkpoints
+
+
+def _step_key(options: Mapping[str, Any]) -> tuple[str, int, str]:
+    text = sketch_text(options.get("sketch", "none"))
+    return text, options["batch_size"], json.dumps(options.get("train", {}), sort_keys=True)

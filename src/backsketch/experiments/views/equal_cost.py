@@ -1,0 +1,223 @@
+"""Equal cost: time to a target accuracy, arm by arm, and which term of rho decided it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from backsketch.experiments.store import Sweep
+from backsketch.experiments.views.arms import Arm, arms, best_exact, mean_error, relative_time
+from backsketch.experiments.views.page import COLOURS, Page, TextTable, dress, new_figure
+
+__all__ = ["Terms", "page", "terms"]
+
+INK = "#2b2d34"
+GREYS = ("#8a939b", "#b3bac0", "#ccd2d6", "#dde1e4")
+DASHES = ("-", "--", ":", "-.")
+
+
+def page(sweep: Sweep) -> Page:
+    """Two tables, the comparison and the terms of rho, and a figure of the runs over steps and time."""
+    found = arms(sweep)
+    tables = [_comparison(found), _analysis(found)]
+    return Page(sweep.name, sweep.about, tables, {sweep.name: _figure(found)})
+
+
+def _comparison(found: Sequence[Arm]) -> TextTable:
+    header = (
+        "arm", "best lr", "steps to target", "step", "time to target", "over best exact",
+        "backward GFLOP to target", "final accuracy", "saved", "seeds",
+    )  # fmt: skip
+    clock = "on a quiet machine" if all(arm.quiet for arm in found) else "of the runs themselves"
+    title = f"to {found[0].target:.0%} test accuracy; steps × seconds of a step {clock}"
+    return TextTable(title, header, [_row(arm, found) for arm in found])
+
+
+def _row(arm: Arm, found: Sequence[Arm]) -> tuple[str, ...]:
+    base = best_exact(found, arm.model)
+    steps = [s for s in arm.steps.values() if s is not None]
+    ratio = relative_time(arm, base) if base else None
+    missed = f"{len(arm.runs) - len(steps)} of {len(arm.runs)} missed"
+    arrived = len(steps) == len(arm.runs)
+    flops = [s * arm.first.result["backward_flops"] / 1e9 for s in steps]
+    return (
+        arm.name,
+        f"{arm.lr:g}",
+        _with_error(steps, "{:.0f}") if arrived else missed,
+        f"{1e3 * arm.step_seconds:.1f} ms",
+        _with_error(list((arm.seconds or {}).values()), "{:.1f} s") if arrived else "",
+        "" if ratio is None else _pair(*ratio, form="{:.2f}"),
+        f"{statistics.fmean(flops):.0f}" if arrived and not arm.checkpointed else "",
+        _with_error([100 * a for a in arm.accuracies], "{:.2f} %"),
+        f"{arm.saved_bytes / 2**20:.1f} MiB",
+        str(len(arm.runs)),
+    )
+
+
+def _with_error(values: Sequence[float], form: str) -> str:
+    return _pair(*mean_error(values), form=form)
+
+
+def _pair(mean: float, error: float, form: str) -> str:
+    text = form.format(mean)
+    if math.isnan(error):
+        return text
+    number, space, unit = text.partition(" ")
+    return f"{number} ± {form.format(error).partition(' ')[0]}{space}{unit}"
+
+
+class Terms:
+    r"""The terms of :math:`\rho = c\,(1 + \omega\beta/(1+\beta))` of an arm, against the exact arm it resembles.
+
+    Attributes:
+        cost: c, seconds of a step over those of the exact arm at the same batch size.
+        multiplier: v = 1 + ω, mean over the run.
+        noise: β/(1 + β), mean over the exact run; 1 where the mean gradient is lost in the noise.
+        steps: predicted factor on the number of steps, the mean over the run of 1 + ω β/(1 + β).
+        measured_steps: the measured one, or None.
+    """
+
+    def __init__(self, arm: Arm, exact: Arm) -> None:
+        omega, noise = _by_epoch(arm, "extra_variance"), _by_epoch(exact, "noise_scale")
+        shares = {epoch: 1.0 if math.isinf(b) else b / (1 + b) for epoch, b in noise.items()}
+        last = max(shares)
+        self.cost = arm.step_seconds / exact.step_seconds
+        self.multiplier = 1 + statistics.fmean(omega.values())
+        self.noise = statistics.fmean(shares.values())
+        self.steps = 1 + statistics.fmean(w * shares[min(e, last)] for e, w in omega.items())
+        both = [(arm.steps[s], exact.steps[s]) for s in arm.steps.keys() & exact.steps.keys()]
+        ratios = [a / b for a, b in both if a is not None and b is not None]
+        self.measured_steps = (
+            statistics.fmean(ratios) if both and len(ratios) == len(both) else None
+        )
+
+    @property
+    def rho(self) -> float:
+        """Predicted time to the target over that of the exact arm."""
+        return self.cost * self.steps
+
+    @property
+    def measured(self) -> float | None:
+        """The measured one."""
+        return None if self.measured_steps is None else self.cost * self.measured_steps
+
+
+def terms(arm: Arm, found: Sequence[Arm]) -> Terms | None:
+    """Against the exact arm of the same model, batch size and epochs; None where there is none."""
+    own = arm.first.result
+    for other in found:
+        result = other.first.result
+        same = all(own[key] == result[key] for key in ("batch_size", "epochs"))
+        if other.is_exact and not other.checkpointed and same and other.model == arm.model:
+            return Terms(arm, other)
+    return None
+
+
+def _by_epoch(arm: Arm, key: str) -> dict[int, float]:
+    """Mean over seeds by epoch; what was not finite counts as infinite."""
+    found: dict[int, list[float]] = {}
+    for run in arm.runs:
+        for epoch, value in run.result[key].items():
+            found.setdefault(int(epoch), []).append(math.inf if value is None else value)
+    return {epoch: statistics.fmean(values) for epoch, values in found.items()}
+
+
+def _analysis(found: Sequence[Arm]) -> TextTable:
+    header = (
+        "arm", "c", "v", "β/(1+β)", "steps, predicted", "steps, measured", "ρ, predicted",
+        "ρ, measured", "backward FLOPs",
+    )  # fmt: skip
+    rows = []
+    for arm in found:
+        parts = None if arm.is_exact else terms(arm, found)
+        if parts is not None:
+            numbers = (
+                parts.cost, parts.multiplier, parts.noise, parts.steps, parts.measured_steps,
+                parts.rho, parts.measured, arm.first.result["backward_flops_ratio"],
+            )  # fmt: skip
+            rows.append((arm.name, *("not reached" if n is None else f"{n:.2f}" for n in numbers)))
+    title = "the terms of ρ, against exact training at the same batch size, epochs and target"
+    return TextTable(title, header, rows)
+
+
+def _figure(found: Sequence[Arm]) -> Figure:
+    figure, panels = new_figure(3, 14, 4.6)
+    over_steps, over_seconds, accuracy = panels
+    target = found[0].target
+    for arm, style in _styles([arm for arm in found if not arm.checkpointed]):
+        steps, losses = _mean_curve(arm)
+        _draw(over_steps, steps, losses, arm.name, style)
+        _draw(over_seconds, [s * arm.step_seconds for s in steps], losses, arm.name, style)
+        looks, values = _mean_accuracy(arm)
+        _draw(accuracy, [s * arm.step_seconds for s in looks], values, arm.name, style)
+    accuracy.axhline(target, color=INK, linewidth=0.8)
+    accuracy.annotate(
+        f"target {target:.0%}", (0.01, target), xycoords=("axes fraction", "data"),
+        xytext=(0, 3), textcoords="offset points", fontsize="small", color=INK,
+    )  # fmt: skip
+    for axes, x in ((over_steps, "steps"), (over_seconds, "seconds"), (accuracy, "seconds")):
+        axes.set_xlim(left=0)
+        dress(axes, x, "test accuracy" if axes is accuracy else "training loss")
+    for axes in (over_steps, over_seconds):
+        _log_scale(axes)
+    highest = max(max(_mean_accuracy(arm)[1]) for arm in found)
+    accuracy.set_ylim(highest - 2.5 * max(highest - target, 0.3 * (1 - target)), None)
+    handles, labels = accuracy.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
+    return figure
+
+
+def _draw(
+    axes: Axes, x: Sequence[float], y: Sequence[float], name: str, style: dict[str, object]
+) -> None:
+    axes.plot(x, y, label=name, **style)  # type: ignore[arg-type]
+
+
+def _styles(found: Sequence[Arm]) -> list[tuple[Arm, dict[str, object]]]:
+    """Exact arms in greys behind, the best of them in ink; sketched ones in colours, by sketch."""
+    best = {id(best_exact(found, model)) for model in {arm.model for arm in found}}
+    exact = [arm for arm in found if arm.is_exact and id(arm) not in best]
+    sketches = list(dict.fromkeys(arm.first.step_key[0] for arm in found if not arm.is_exact))
+    pairs: list[tuple[Arm, dict[str, object]]] = []
+    dashes: dict[str, int] = {}
+    for arm in found:
+        if id(arm) in best:
+            style = {"color": INK, "linewidth": 2.2, "zorder": 3}
+        elif arm.is_exact:
+            number = exact.index(arm)
+            grey, dash = GREYS[number % len(GREYS)], DASHES[number // len(GREYS) % len(DASHES)]
+            style = {"color": grey, "linewidth": 1.3, "linestyle": dash, "zorder": 1}
+        else:
+            sketch = arm.first.step_key[0]
+            number = dashes[sketch] = dashes.get(sketch, -1) + 1
+            colour = COLOURS[sketches.index(sketch) % len(COLOURS)]
+            dash = DASHES[number % len(DASHES)]
+            style = {"color": colour, "linewidth": 1.6, "linestyle": dash, "zorder": 2}
+        pairs.append((arm, style))
+    return pairs
+
+
+def _mean_curve(arm: Arm) -> tuple[list[float], list[float]]:
+    """Training loss against steps, mean over seeds; the first stretch, where all fall alike, is left out."""
+    curves = [run.result["curve"] for run in arm.runs]
+    losses = [statistics.fmean(values) for values in zip(*(c["train_loss"] for c in curves))]
+    return curves[0]["step"][1:], losses[1:]
+
+
+def _mean_accuracy(arm: Arm) -> tuple[list[float], list[float]]:
+    looks = [run.result["evaluations"] for run in arm.runs]
+    values = [statistics.fmean(values) for values in zip(*(e["accuracy"] for e in looks))]
+    return looks[0]["step"], values
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    steps = [m * 10**e for e in range(-4, 2) for m in (1, 2, 3, 5)]
+    ticks = [tick for tick in steps if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
