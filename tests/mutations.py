@@ -9,48 +9,48 @@ import pytest
 from torch import Tensor
 
 import backsketch as bs
-from backsketch import sampling
 from backsketch.rounding import eager, native
+from backsketch.sampling import next_seed, operators
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def drop_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Horvitz-Thompson weights of one: what is kept is not divided by its inclusion probability."""
-    draw = sampling._draw
+    draw = operators._draw
 
     def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
         indices, weights = draw(*arguments)
         return indices, weights * 0 + 1
 
-    monkeypatch.setattr(sampling, "_draw", wrong)
+    monkeypatch.setattr(operators, "_draw", wrong)
 
 
 def shift_the_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The neighbour of each drawn row is taken, with the weight of the drawn one."""
-    draw = sampling._draw
+    draw = operators._draw
 
     def wrong(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         indices, weights = draw(scores, *arguments)
         return (indices + 1) % scores.shape[0], weights
 
-    monkeypatch.setattr(sampling, "_draw", wrong)
+    monkeypatch.setattr(operators, "_draw", wrong)
 
 
 def redraw_the_signs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each use of a seed draws anew, as a partitioner that recomputes a draw in the backward would."""
-    signs = sampling._signs
+    signs = operators._signs
 
     def wrong(like: Tensor, rows: int, columns: int, seed: Tensor, stream: int) -> Tensor:
-        return signs(like, rows, columns, sampling.next_seed(like, seed), stream)
+        return signs(like, rows, columns, next_seed(like, seed), stream)
 
-    monkeypatch.setattr(sampling, "_signs", wrong)
+    monkeypatch.setattr(operators, "_signs", wrong)
 
 
 def halve_the_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniforms on half the unit interval: masks keep too much, roundings go down."""
-    uniform = sampling._uniform
-    monkeypatch.setattr(sampling, "_uniform", lambda *a: uniform(*a) / 2)
+    uniform = operators._uniform
+    monkeypatch.setattr(operators, "_uniform", lambda *a: uniform(*a) / 2)
 
 
 def halve_the_dither(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -421,8 +421,10 @@ def test_the_mean_is_the_exact_gradient_to_the_precision_of_the_dtype(estimator,
 
 def test_the_mean_is_off_where_the_weights_of_the_drawn_rows_are_dropped(monkeypatch):
     """The mutation of the test above: it must fail in every precision."""
-    original = sampling._draw
-    monkeypatch.setattr(sampling, "_draw", lambda *a: (original(*a)[0], original(*a)[1] * 0 + 1))
+    original = sampling.operators._draw
+    monkeypatch.setattr(
+        sampling.operators, "_draw", lambda *a: (original(*a)[0], original(*a)[1] * 0 + 1)
+    )
     for dtype in DTYPES:
         with pytest.raises(AssertionError):
             test_the_mean_is_the_exact_gradient_to_the_precision_of_the_dtype(

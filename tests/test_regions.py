@@ -181,13 +181,13 @@ def test_zero_rows_are_never_drawn(drawn: list[tuple[Tensor, sampling.Sample]]) 
 
 def test_masks_shrink_the_row_sketches_below(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    draw = sampling._draw
+    draw = sampling.operators._draw
 
     def counting(scores: Tensor, k: int, *rest: object) -> object:
         sizes.append(k)
         return draw(scores, k, *rest)
 
-    monkeypatch.setattr(sampling, "_draw", counting)
+    monkeypatch.setattr(sampling.operators, "_draw", counting)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     bs.sketch_(model, {"": Mask(0.25), "0": bs.Rows(keep=0.125), "2": bs.Rows(keep=0.5)})
     model(torch.randn(16, 4, requires_grad=True)).square().sum().backward()

@@ -14,7 +14,7 @@ from backsketch.rounding import Rounding, eager, native
 from backsketch.sampling import next_seed
 
 native_only = pytest.mark.skipif(
-    native.library() is None, reason=f"no compiled kernels: {native.why_not()}"
+    native.library() is None, reason=f"no compiled kernels: {native.SOURCE.why_not()}"
 )
 SIZES = [1, 5, 64, 100, 1000, 40_000]
 
@@ -118,12 +118,12 @@ import os
 os.environ.update(PATH="", CXX="")
 import torch, backsketch as bs
 from backsketch.rounding import native
-assert not native._STATE.tried
+assert not native.SOURCE.tried
 layer = torch.nn.Linear(8, 8)
 bs.sketch_(layer, bs.Quantized(bits=4))
 layer(torch.randn(4, 8)).sum().backward()
 assert native.library() is None
-print(native.why_not())
+print(native.SOURCE.why_not())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "no C++ compiler" in done.stdout

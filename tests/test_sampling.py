@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 import backsketch as bs
 from backsketch import sampling
-from backsketch.sampling import DESIGNS, draw, inclusion_probabilities, next_seed, num_kept
+from backsketch.sampling import (
+    DESIGNS,
+    design,
+    draw,
+    inclusion_probabilities,
+    native,
+    next_seed,
+    num_kept,
+    operators,
+)
+from backsketch.sampling.stream import mix
 
 DRAWS = 20_000
 
@@ -46,9 +56,9 @@ def test_water_filling_is_feasible_and_satisfies_the_optimality_conditions(case)
 @settings(max_examples=200, deadline=None)
 def test_the_level_found_by_passes_is_the_one_found_by_sorting(case):
     scores, k = case
-    passes = sampling._level_by_passes(scores.double(), k)
+    passes = design._level_by_passes(scores.double(), k)
     assert float(passes) == pytest.approx(
-        float(sampling._level_by_sorting(scores.double(), k)), rel=1e-9
+        float(design._level_by_sorting(scores.double(), k)), rel=1e-9
     )
 
 
@@ -125,28 +135,60 @@ def test_rows_with_zero_score_are_never_drawn_while_others_remain():
         assert set(draw(scores, 2, next_seed(scores)).indices.tolist()) <= {1, 3, 4}
 
 
-@given(scores_and_k(), st.sampled_from([0.0, 0.1]))
+WAYS = {"compiled": {}, "few": {"native": None}, "operators": {"native": None, "_FEW": 0}}
+
+
+def drawn_each_way(scores, k, seed, floor=0.0):
+    """The same draw by the compiled function, in plain numbers and by operators."""
+    found = {}
+    for name, changes in WAYS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if "native" in changes:
+                patch.setattr(native, "draw", lambda *_: None)
+            if "_FEW" in changes:
+                patch.setattr(operators, "_FEW", 0)
+            found[name] = draw(scores, k, seed, 3, floor=floor)
+    return found
+
+
+def assert_same(samples):
+    for sample in samples.values():
+        assert torch.equal(sample.indices, samples["operators"].indices)
+        torch.testing.assert_close(sample.weights, samples["operators"].weights)
+
+
+@given(scores_and_k(), st.sampled_from([0.0, 0.1]), st.sampled_from([torch.float32, torch.float64]))
 @settings(max_examples=200, deadline=None)
-def test_few_rows_are_drawn_as_many_are(case, floor):
+def test_every_way_to_draw_gives_the_same_rows(case, floor, dtype):
     scores, k = case
     if float(scores.max()) == 0:
         scores = scores + 1
-    seed = sampling.next_seed(scores)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_FEW", 0)
-        slow = draw(scores, k, seed, 3, floor=floor)
-    fast = draw(scores, k, seed, 3, floor=floor)
-    assert torch.equal(slow.indices, fast.indices)
-    torch.testing.assert_close(slow.weights, fast.weights)
+    assert_same(drawn_each_way(scores.to(dtype), k, sampling.next_seed(scores), floor))
 
 
-def test_few_rows_with_a_value_that_is_not_finite_are_drawn_as_many_are(monkeypatch):
-    scores, seed = torch.tensor([1.0, float("nan"), 2.0, float("inf")]), torch.tensor(5)
-    fast = draw(scores, 3, seed)
-    monkeypatch.setattr(sampling, "_FEW", 0)
-    slow = draw(scores, 3, seed)
-    assert torch.equal(slow.indices, fast.indices)
-    torch.testing.assert_close(slow.weights, fast.weights)
+@pytest.mark.parametrize("n", [65, 1000, 5000])
+def test_every_way_to_draw_many_rows_gives_the_same(n):
+    scores = torch.rand(n, dtype=torch.float64) ** 4
+    scores[::7] = 0
+    for k in (1, n // 10, n // 2, n - 1):
+        samples = drawn_each_way(scores, k, torch.tensor(n + k))
+        assert samples["few"].indices.shape == (k,)
+        assert_same(samples)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_every_way_to_draw_takes_what_is_not_finite(bad):
+    scores = torch.tensor([1.0, bad, 2.0, float("inf"), 0.0])
+    samples = drawn_each_way(scores, 3, torch.tensor(5))
+    assert_same(samples)
+    assert {1, 3} <= set(samples["compiled"].indices.tolist())
+
+
+@pytest.mark.skipif(native.SOURCE.library() is None, reason=native.SOURCE.why_not())
+def test_the_compiled_draw_is_used(monkeypatch):
+    monkeypatch.setattr(operators, "few", None)
+    monkeypatch.setattr(operators, "inclusion_probabilities", None)
+    assert draw(torch.rand(20), 5, torch.tensor(1)).indices.shape == (5,)
 
 
 def test_a_draw_is_a_pure_function_of_its_seed():
@@ -196,7 +238,7 @@ def test_ranks_draw_different_numbers(monkeypatch):
 def test_seeds_and_streams_do_not_collide():
     x = torch.zeros(1)
     bs.seed(0)
-    seeds = {sampling._mix(int(next_seed(x)), stream) for _ in range(2000) for stream in range(3)}
+    seeds = {mix(int(next_seed(x)), stream) for _ in range(2000) for stream in range(3)}
     assert len(seeds) == 6000
 
 
@@ -204,8 +246,8 @@ def test_the_global_random_stream_is_not_touched():
     scores = torch.rand(20)
     before = torch.get_rng_state()
     seed = next_seed(scores)
-    for design in DESIGNS:
-        draw(scores, 5, seed, design=design)
+    for name in DESIGNS:
+        draw(scores, 5, seed, design=name)
     sampling.uniform_like(scores, seed)
     sampling.signs(scores, 3, 4, seed)
     assert torch.equal(torch.get_rng_state(), before)

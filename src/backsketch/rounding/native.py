@@ -1,43 +1,27 @@
-"""The fused host kernels: compiled by the machine's own C++ compiler on first use, kept in a cache.
-
-Nothing is compiled at import time. Without a compiler, or with ``BACKSKETCH_NATIVE=0`` in the environment,
-``eager.py`` does the same, slower and bit for bit.
-"""
+"""The fused host kernels of ``kernels.cpp``, called with tensors; ``eager.py`` does the same, bit for bit."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import threading
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from backsketch.native import Source
 from backsketch.rounding.eager import BLOCK
 
-__all__ = ["library", "why_not"]
+__all__ = ["SOURCE", "library"]
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = (
-    "-O3", "-std=c++17", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-fopenmp", "-shared", "-fPIC",
-)  # fmt: skip
 _PER_THREAD = 1 << 15  # entries that are worth a thread
-_LOCK = threading.Lock()
 
 
 class Kernels:
     """The compiled functions, called with tensors; float32, contiguous, on the host."""
 
-    def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        self._library = compiled
         for name in ("pack", "unpack", "mask", "masked", "layer_norm", "row_sums", "row_affine"):
             getattr(self._library, f"backsketch_{name}").restype = None
 
@@ -182,92 +166,11 @@ def _threads(n: int) -> int:
     return max(1, min(torch.get_num_threads(), n // _PER_THREAD))
 
 
-# --------------------------------------------------------------------------------------------------
-# Compilation
-# --------------------------------------------------------------------------------------------------
+SOURCE = Source(Path(__file__).with_name("kernels.cpp"), "-fopenmp")
 
 
-class _State:
-    """Compiled at most once in a process, whatever came of it."""
-
-    tried = False
-    kernels: Kernels | None = None
-    reason = "not needed so far"
-
-
-_STATE = _State()
-
-
+@lru_cache(maxsize=1)
 def library() -> Kernels | None:
     """The kernels, compiled and loaded if they are not; None where that is impossible."""
-    if not _STATE.tried:
-        with _LOCK:
-            if not _STATE.tried:
-                _STATE.kernels, _STATE.reason = _load()
-                _STATE.tried = True
-    return _STATE.kernels
-
-
-def why_not() -> str:
-    """Why :func:`library` is None; empty if it is not."""
-    return "" if _STATE.kernels else _STATE.reason
-
-
-def _load() -> tuple[Kernels | None, str]:
-    if os.environ.get("BACKSKETCH_NATIVE", "1") == "0":
-        return None, "switched off by BACKSKETCH_NATIVE=0"
-    named = os.environ.get("CXX")
-    compiler = shutil.which(named) if named else _first("c++", "g++", "clang++")
-    if compiler is None:
-        return None, "there is no C++ compiler"
-    try:
-        return Kernels(_compiled(compiler)), ""
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        detail: Any = getattr(error, "stderr", None) or error
-        return None, f"{compiler} failed: {str(detail).strip()[:500]}"
-
-
-def _first(*names: str) -> str | None:
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-def _compiled(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=30
-    ).stdout
-    words = (_SOURCE.read_text(), " ".join(_FLAGS), compiler, version, _processor())
-    name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:24] + ".so"
-    folder = _cache()
-    path = folder / name
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / name
-            subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)],
-                capture_output=True, text=True, check=True, timeout=120,
-            )  # fmt: skip
-            os.replace(made, path)  # atomic: two processes may do this at the same time
-    return path
-
-
-def _cache() -> Path:
-    """A folder of the user's own: what lies there is executed."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(base) / "backsketch"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder):
-            return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="backsketch-"))
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: homes are shared between machines."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        flags = [row for row in info.splitlines() if row.startswith(("flags", "Features"))]
-        return platform.machine() + flags[0]
-    except (OSError, IndexError):
-        return platform.machine() + platform.node()
+    compiled = SOURCE.library()
+    return None if compiled is None else Kernels(compiled)
