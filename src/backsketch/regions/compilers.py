@@ -57,14 +57,14 @@ class Compiler:
 
     def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
         """The graph on all rows: a function of the list of arguments."""
-        return make_boxed_func(graph.forward)
+        return make_boxed_func(_short(_copy(graph)).forward)
 
     def kept_backward(self, graph: fx.GraphModule, inputs: Sequence[Any], rows: Rows) -> Runner:
         """The graph on kept rows: a function of (index, lead, full-size saved tensors, cotangents).
 
         Every saved tensor is gathered just before it is read, so that it is still in cache then.
         """
-        run = fx.GraphModule(graph, _gathering(graph, rows)).forward
+        run = _short(fx.GraphModule(graph, _gathering(graph, rows))).forward
         return lambda index, lead, args: run(index, lead, *args)
 
 
@@ -104,6 +104,17 @@ def _gathering(module: fx.GraphModule, rows: Rows) -> fx.Graph:
             env[node] = graph.node_copy(node, read)
     graph.lint()
     return graph
+
+
+def _short(module: fx.GraphModule) -> fx.GraphModule:
+    """Without transposes of transposes, which AOTAutograd leaves around every matrix product."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.t.default):
+        inner = node.args[0]
+        if isinstance(inner, fx.Node) and inner.target is aten.t.default:
+            node.replace_all_uses_with(inner.args[0])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 class Inductor(Compiler):
