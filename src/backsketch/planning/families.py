@@ -9,14 +9,13 @@ from backsketch.estimators import Quantized, Rows, Sketch, Split
 from backsketch.planning.slots import Slot
 from backsketch.regions import Region
 
-__all__ = ["FAMILIES", "FINE_LADDER", "LADDER", "Family"]
+__all__ = ["FAMILIES", "LADDER", "REFERENCE", "Family"]
 
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
 """The keeps that plans and controllers use: few, so that nothing is compiled again and again."""
 
-
-FINE_LADDER = (1.0, 0.95, *LADDER, 0.2, 0.16, 0.13, 0.1, 0.08, 0.06, 0.05)
-"""The keeps that a controller moves on: neighbours differ by less than half in extra variance."""
+REFERENCE = 0.5
+"""The keep at which extra variance is measured."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,8 @@ class Family:
     """One way to sketch a slot.
 
     ``noise`` names the family whose extra variance it shares; ``keeps`` is 1 alone where there is nothing to
-    choose; ``times`` are the keeps at which it is timed, time being affine in keep.
+    choose; ``times`` are the keeps at which it is timed, time being affine in keep. ``nested``: below a mask it
+    keeps a fraction of the rows that the mask left, not of all rows.
     """
 
     name: str
@@ -33,6 +33,12 @@ class Family:
     noise: str
     keeps: tuple[float, ...] = LADDER
     times: tuple[float, ...] = (0.75, 0.3)
+    nested: bool = True
+
+    @property
+    def own_weights_only(self) -> bool:
+        """Whether its errors stay in the gradients of the slot's own weights."""
+        return self.noise == self.name != "save"
 
 
 def _region(mode: str) -> Callable[[Slot, float], dict[str, Sketch]]:
@@ -55,21 +61,17 @@ def _has_layers(slot: Slot) -> bool:
     return bool(slot.layers)
 
 
+def _weights(keep: float) -> Sketch:
+    return Split(grad_weight=Rows(keep=keep))
+
+
+def _quantized(_: float) -> Sketch:
+    return Quantized(bits=4)
+
+
 FAMILIES = (
     Family("save", _region("save"), _can_be_region, "save"),
     Family("recompute", _region("recompute"), _can_be_region, "save"),
-    Family(
-        "weights",
-        _on_layers(lambda keep: Split(grad_weight=Rows(keep=keep))),
-        _has_layers,
-        "weights",
-    ),
-    Family(
-        "quantized",
-        _on_layers(lambda _: Quantized(bits=4)),
-        _has_layers,
-        "quantized",
-        (1.0,),
-        (1.0,),
-    ),
+    Family("weights", _on_layers(_weights), _has_layers, "weights", nested=False),
+    Family("quantized", _on_layers(_quantized), _has_layers, "quantized", (1.0,), (1.0,)),
 )

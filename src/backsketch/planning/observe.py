@@ -1,124 +1,117 @@
-"""One exact pass, watched: what each slot receives, and how uneven its rows are."""
+"""How extra variance at a boundary depends on keep and on a mask above: closed forms on row scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
+from backsketch.planning.calls import Calls
 from backsketch.planning.families import LADDER
 from backsketch.planning.slots import Slot
 from backsketch.regions.rows import scores
-from backsketch.sampling import num_kept
-from backsketch.theory.variance import minimal_sampling
+from backsketch.sampling import draw, next_seed, num_kept
 
-__all__ = ["Call", "Curve", "watch"]
+__all__ = ["Curves", "curves", "mask_weights", "ratio", "water_filling"]
 
-
-@dataclass
-class Call:
-    """A module's call in a pass: its arguments, and the cotangent of its first output."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    cotangent: Tensor | None = None
+Curves = dict[tuple[str, str, float], list[float]]
+"""``E‖error‖²`` at each keep of the ladder, by place, noise family and mask above (1 is none)."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """``E‖error‖²`` at the boundary over the energy of the cotangent, on the ladder of keeps."""
+def water_filling(row_scores: Tensor, kept: Sequence[int]) -> list[float]:
+    """The least ``Σ (1/π_i − 1) s_i²`` with k rows, for each k: one sort for all of them.
 
-    relative: dict[float, float]
-
-    def over(self, reference: float) -> dict[float, float]:
-        """The curve relative to its value at one keep."""
-        base = self.relative[reference]
-        return {k: (v / base if base > 0 else 0.0) for k, v in self.relative.items()}
-
-
-def curve(row_scores: Tensor) -> Curve:
-    """From row norms: the water-filling variance at every keep of the ladder."""
-    energy = float(row_scores.double().square().sum())
-    n = row_scores.shape[0]
-    relative = {}
-    for keep in LADDER:
-        k = num_kept(n, keep)
-        error = float(minimal_sampling(row_scores, k)) if k < n else 0.0
-        relative[keep] = error / energy if energy > 0 else 0.0
-    return Curve(relative)
-
-
-def row_curve(cotangent: Tensor, row_dims: int) -> Curve:
-    """The curve of a region or a mask that receives this cotangent."""
-    return curve(scores([cotangent], row_dims))
-
-
-def weight_curve(x: Tensor, cotangent: Tensor) -> Curve:
-    """The curve of sampled rows for ``grad_weight``: contributions bounded by ``‖g_i‖ ‖x_i‖``."""
-    x = x.detach()
-    if cotangent.ndim == 4:  # a convolution: channels first, rows are samples
-        norms = [t.flatten(1).norm(dim=1) for t in (x, cotangent)]
-    else:
-        norms = [t.reshape(-1, t.shape[-1]).norm(dim=1) for t in (x, cotangent)]
-    return curve(norms[0] * norms[1])
-
-
-def watch(
-    model: nn.Module, slots: Sequence[Slot], run: Callable[[], Any]
-) -> tuple[dict[str, Call], dict[str, Call]]:
-    """Calls of the slots and of their layers during ``run``, which makes one backward pass."""
-    layers = {name for slot in slots for name in slot.layers}
-    calls = {name: Call() for name in {slot.name for slot in slots} | layers}
-
-    def before(call: Call) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call.args, call.kwargs = pytree.tree_map_only(Tensor, _fresh, (args, kwargs))
-
-        return hook
-
-    def after(call: Call) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-            if tensors and tensors[0].requires_grad:
-                tensors[0].register_hook(lambda g: setattr(call, "cotangent", g.detach()))
-
-        return hook
-
-    handles = []
-    for name, call in calls.items():
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before(call), with_kwargs=True))
-        handles.append(module.register_forward_hook(after(call)))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen = {name: call for name, call in calls.items() if call.cotangent is not None}
-    return (
-        {slot.name: seen[slot.name] for slot in slots if slot.name in seen},
-        {name: seen[name] for name in layers if name in seen},
+    With the j smallest scores below the cap, ``λ = T/f`` (T their sum, f the rows left for them) and the sum is
+    ``λ T − Q`` (Q their squares). The twin for one k is :func:`backsketch.theory.variance.minimal_sampling`.
+    """
+    s = torch.sort(row_scores.detach().double()).values
+    n, total, square = s.shape[0], s.cumsum(0), s.square().cumsum(0)
+    free = torch.tensor(kept, device=s.device)[:, None] - torch.arange(
+        n - 1, -1, -1, device=s.device
     )
+    fits = (free > 0) & (s * free <= total)
+    last = (fits * torch.arange(n, device=s.device)).amax(1)
+    tail = total[last]
+    found = tail * tail / free.gather(1, last[:, None])[:, 0].clamp(min=1) - square[last]
+    return [max(v, 0.0) if k < n else 0.0 for k, v in zip(kept, found.tolist())]
 
 
-def _fresh(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_(t.requires_grad)
+def mask_weights(output_cotangent: Tensor) -> dict[float, Tensor]:
+    """One draw of each mask on the output: ``1/π`` of the samples that are kept, zero of the others."""
+    row_scores = scores([output_cotangent], 1)
+    n = row_scores.shape[0]
+    weights = {}
+    for keep in LADDER:
+        sample = draw(row_scores, num_kept(n, keep), next_seed(output_cotangent))
+        weights[keep] = torch.zeros_like(row_scores).index_put((sample.indices,), sample.weights)
+    return weights
 
 
-def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The average over batches."""
-    return Curve({k: math.fsum(c.relative[k] for c in curves) / len(curves) for k in LADDER})
+def curves(slots: Sequence[Slot], calls: Calls, masks: Mapping[float, Tensor]) -> Curves:
+    """The curves of one exact pass.
+
+    Rows of a sample scale with its weight in the mask, for samples do not interact.
+    """
+    found: Curves = {}
+    for slot in slots:
+        for family, rows in _row_scores(slot, calls).items():
+            for mask, weight in {1.0: None, **masks}.items():
+                errors = [0.0] * len(LADDER)
+                for s in rows:
+                    below = s if weight is None else s * _spread(weight, s.shape[0])
+                    live = int((below > 0).sum())
+                    for i, error in enumerate(
+                        water_filling(below, _kept(family, s.shape[0], live))
+                    ):
+                        errors[i] += error
+                found[slot.name, family, mask] = errors
+    return found
 
 
-def replay(module: nn.Module, call: Call) -> None:
-    """One forward and backward pass of a slot alone."""
-    output = module(*call.args, **call.kwargs)
-    first = next(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
-    wanted = [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
-    wanted = [t for t in (*wanted, *module.parameters()) if t.requires_grad]
-    torch.autograd.grad(first, wanted, call.cotangent, allow_unused=True)
+def _kept(family: str, n: int, live: int) -> list[int]:
+    if family == "save":
+        kept = [num_kept(max(live, 1), keep) for keep in LADDER]
+    else:
+        kept = [max(min(num_kept(n, keep), live), 1) for keep in LADDER]
+    return [n if k >= live else k for k in kept]
+
+
+def _spread(weight: Tensor, n: int) -> Tensor | float:
+    """The weights of samples as those of n rows; their mean square where rows are not grouped by sample."""
+    if n % weight.shape[0]:
+        return float(weight.square().mean().sqrt())
+    return weight.repeat_interleave(n // weight.shape[0])
+
+
+def _row_scores(slot: Slot, calls: Calls) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    if slot.row_dims is not None:
+        called = [c for c in calls[slot.name] if c.cotangents]
+        found["save"] = [scores(c.cotangents, slot.row_dims) for c in called]
+    found["weights"] = [
+        _contributions(c.tensors[0], c.cotangents[0])
+        for name in slot.layers
+        for c in calls[name]
+        if c.cotangents and c.tensors
+    ]
+    return {family: rows for family, rows in found.items() if rows}
+
+
+def _contributions(x: Tensor, cotangent: Tensor) -> Tensor:
+    """Rows of ``grad_weight`` are bounded by ``‖g_i‖ ‖x_i‖``; a convolution's rows are samples here."""
+    if cotangent.ndim == 4:
+        norms = [t.detach().flatten(1).norm(dim=1) for t in (x, cotangent)]
+    else:
+        norms = [t.detach().reshape(-1, t.shape[-1]).norm(dim=1) for t in (x, cotangent)]
+    return norms[0] * norms[1]
+
+
+def ratio(
+    found: Sequence[Curves], place: tuple[str, str], mask: float, keep: float, reference: float
+) -> float:
+    """The error at a keep below a mask over that at a reference keep without one, over all passes."""
+    top = math.fsum(c[place[0], place[1], mask][LADDER.index(keep)] for c in found)
+    base = math.fsum(c[place[0], place[1], 1.0][LADDER.index(reference)] for c in found)
+    return top / base if base > 0 else 0.0

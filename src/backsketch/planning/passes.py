@@ -22,7 +22,7 @@ from backsketch.regions import RegionModule
 from backsketch.sampling import Keys, keyed
 from backsketch.untouched import repeatable
 
-__all__ = ["Caught", "Passes", "Place", "has_region", "passes", "places"]
+__all__ = ["Caught", "Passes", "Place", "checked", "has_region", "passes", "places"]
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
@@ -93,13 +93,20 @@ class Passes:
         Raises:
             ValueError: the loss is not a finite scalar with a gradient.
         """
-        self.keys.restart(number, draw)
-        self.order.clear()
         parameters = list(self.parameters.values())
-        with self._toggled(active), repeatable(self.model, number), torch.enable_grad():
-            loss = _checked(self.loss_fn(self.model, batch), number)
+        with self.loss(batch, number, active, draw) as loss:
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+
+    @contextmanager
+    def loss(
+        self, batch: Any, number: int, active: Collection[int] = (), draw: int = 0
+    ) -> Iterator[Tensor]:
+        """The loss of such a pass with its graph, for other backward passes than that of :meth:`gradient`."""
+        self.keys.restart(number, draw)
+        self.order.clear()
+        with self._toggled(active), repeatable(self.model, number), torch.enable_grad():
+            yield checked(self.loss_fn(self.model, batch), number)
 
     def observed(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], dict[int, Caught]]:
         """:meth:`gradient`, and what it showed at every site."""
@@ -180,7 +187,8 @@ def passes(
                 module.training = training
 
 
-def _checked(loss: Any, number: int) -> Tensor:
+def checked(loss: Any, number: int) -> Tensor:
+    """The loss of a batch, if a gradient can be taken of it; else a ``ValueError`` says what is wrong."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn must return the scalar mean loss of a batch; got {loss!r}")
     if not bool(torch.isfinite(loss)):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from backsketch.estimators import Sketch, parse
-from backsketch.planning.record import MaskOption, Option, Profile, SlotProfile
+from backsketch.planning.record import Option, Profile, SlotProfile
 from backsketch.planning.slots import LossFn
-from backsketch.planning.solve import choose
+from backsketch.planning.solve import choose, frontier
+from backsketch.regions import Mask
 from backsketch.theory.cost import smaller_batch_ratio, time_to_target_ratio
 
 __all__ = ["Bill", "Plan", "make_plan"]
@@ -31,6 +32,7 @@ class Bill:
         saved_bytes: kept for the backward.
         rho: time to a target relative to exact training.
         smaller_batch: the best fraction of the batch, and its own rho.
+        standard_error: of ``extra_variance`` over batches and draws, where that was measured.
     """
 
     time_ratio: float
@@ -38,6 +40,7 @@ class Bill:
     saved_bytes: int
     rho: float
     smaller_batch: tuple[float, float] = (1.0, 1.0)
+    standard_error: float = 0.0
 
     def __str__(self) -> str:
         return (
@@ -64,17 +67,23 @@ class Plan:
         """What :meth:`measure` found last, None before."""
         return self._measured[-1] if self._measured else None
 
-    def measure(self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn) -> Bill:
+    def measure(
+        self, model: nn.Module, batches: Iterable[Any], loss_fn: LossFn, *, draws: int = 2
+    ) -> Bill:
         """Measure the bill on a model that this plan was applied to; ``predicted`` stands beside it.
 
         Args:
             model: after ``bs.sketch_(model, plan)``.
             batches: at least two.
             loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch.
+            draws: of the sketches, on each batch.
+
+        Returns:
+            A :class:`Bill`; ``standard_error`` says how far its extra variance can be trusted.
         """
         from backsketch.planning.check import measured_bill
 
-        self._measured.append(measured_bill(model, batches, loss_fn, self.predicted))
+        self._measured.append(measured_bill(model, batches, loss_fn, self.predicted, draws))
         return self._measured[-1]
 
     @property
@@ -121,113 +130,183 @@ def make_plan(
     if objective == "memory":
         max_extra_variance = 0.1 if max_extra_variance is None else max_extra_variance
         max_time = 1.1 if max_time is None else max_time
-    found = _search(profile, objective, max_extra_variance, max_saved_bytes, max_time)
+    found = _search(
+        profile,
+        objective,
+        _Limits(
+            *(math.inf if x is None else x for x in (max_extra_variance, max_saved_bytes, max_time))
+        ),
+    )
     if found is None:
         raise ValueError(
             f"plan: nothing meets {', '.join(f'{n}={v}' for n, v in limits.items() if v)}"
         )
-    mask, options = found
-    plan = _assembled(profile, mask, options)
     if objective == "time" and max_saved_bytes is None and max_time is None:
-        return _or_better(profile, plan)
-    return plan
+        return _or_better(profile, found)
+    return found
+
+
+def plan_of(profile: Profile, rules: Mapping[str, object]) -> Plan:
+    """See :meth:`Profile.predict`."""
+    left = {pattern: str(parse(str(sketch))) for pattern, sketch in rules.items()}
+    masks = [str(Mask(keep=m.keep)) for m in profile.masks]
+    mask = masks.index(left.pop("")) if left.get("") in masks else None
+    chosen: _Picked = []
+    for slot in profile.slots:
+        fitting = [o for o in slot.options if o.rules.items() <= left.items()]
+        chosen.append(fitting[0] if fitting else None)
+        left = {k: v for k, v in left.items() if not fitting or k not in fitting[0].rules}
+    if left:
+        pattern, text = next(iter(left.items()))
+        raise ValueError(f"predict: {pattern!r}: {text} is none of the options of the profile")
+    return _assembled(profile, mask, chosen)[0]
+
+
+# --- search -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Below:
-    """Every option below one mask."""
+class _Limits:
+    variance: float
+    saved_bytes: float
+    time: float
 
-    mask: MaskOption | None
-    costs: list[list[tuple[float, float, float]]]  # seconds, variance, bytes; the first is exact
-
-    @property
-    def variance(self) -> float:
-        return self.mask.variance if self.mask else 0.0
-
-
-def _below(profile: Profile, mask: MaskOption | None) -> _Below:
-    live, growth = (mask.keep, mask.growth) if mask else (1.0, 1.0)
-    costs = []
-    for slot in profile.slots:
-        rows = [(0.0, 0.0, 0.0)]
-        rows += [(o.seconds(live), o.variance * growth, float(o.saved_bytes)) for o in slot.options]
-        costs.append(rows)
-    return _Below(mask, costs)
+    def hold(self, bill: Bill) -> bool:
+        return (
+            bill.extra_variance <= self.variance * (1 + 1e-9)
+            and bill.saved_bytes <= self.saved_bytes
+            and bill.time_ratio <= self.time * (1 + 1e-9)
+        )
 
 
-def _search(
-    profile: Profile,
-    objective: str,
-    max_variance: float | None,
-    max_bytes: float | None,
-    max_time: float | None,
-) -> tuple[MaskOption | None, list[Option | None]] | None:
-    best: tuple[float, MaskOption | None, list[int]] | None = None
-    for mask in (None, *profile.masks):
-        below = _below(profile, mask)
-        for picked in _candidates(profile, below, objective, max_variance, max_bytes, max_time):
-            score = _score(profile, below, picked, objective)
-            if best is None or score < best[0] - 1e-12:
-                best = score, mask, picked
-    if best is None:
-        return None
-    _, mask, picked = best
-    return mask, [s.options[i - 1] if i else None for s, i in zip(profile.slots, picked)]
+_Picked = list[Option | None]
+_ROUNDS = 3  # of the search, as choices change what places do to each other
+_ROOMS = (
+    1.0,
+    0.8,
+    0.6,
+    0.4,
+    0.2,
+)  # fractions of the room for variance, for the product of two sums
 
 
-def _candidates(
-    profile: Profile,
-    below: _Below,
-    objective: str,
-    max_variance: float | None,
-    max_bytes: float | None,
-    max_time: float | None,
+def _search(profile: Profile, objective: str, limits: _Limits) -> Plan | None:
+    score = {
+        "time": lambda bill: bill.rho,
+        "memory": lambda bill: bill.saved_bytes,
+        "variance": lambda bill: bill.extra_variance,
+    }[objective]
+    plans = [
+        plan
+        for mask in (None, *range(len(profile.masks)))
+        for plan in _below(profile, mask, objective, limits)
+        if limits.hold(plan.predicted)
+    ]
+    return min(plans, key=lambda plan: score(plan.predicted), default=None)
+
+
+def _below(profile: Profile, mask: int | None, objective: str, limits: _Limits) -> Iterator[Plan]:
+    """Plans below one mask. Each round knows from the last how much the noise above adds at each place."""
+    factors = [1.0] * len(profile.slots)
+    for _ in range(_ROUNDS):
+        plans = [
+            _assembled(profile, mask, _options(profile, picked))
+            for picked in _choices(profile, mask, objective, limits, factors)
+        ]
+        if not plans:
+            return
+        yield from (plan for plan, _ in plans)
+        _, after = min(plans, key=lambda p: (not limits.hold(p[0].predicted), p[0].predicted.rho))
+        if max(abs(a - b) for a, b in zip(after, factors)) < 0.01:
+            return
+        factors = after
+
+
+def _options(profile: Profile, picked: Sequence[int]) -> _Picked:
+    return [slot.options[i - 1] if i else None for slot, i in zip(profile.slots, picked)]
+
+
+def _choices(
+    profile: Profile, mask: int | None, objective: str, limits: _Limits, factors: Sequence[float]
 ) -> list[list[int]]:
-    """Choices on the frontier: for time, the fastest at each of a range of extra variances."""
-    room = math.inf if max_variance is None else max_variance - below.variance
-    byte_room = math.inf if max_bytes is None else max_bytes - profile.saved_bytes
-    time_room = math.inf if max_time is None else (max_time - 1) * profile.step_seconds
+    costs = [_costs(profile, slot, mask, factor) for slot, factor in zip(profile.slots, factors)]
+    free = objective == "time" and math.isinf(limits.saved_bytes) and math.isinf(limits.time)
+    found = frontier(costs) if objective == "time" else []
+    if free and math.isinf(limits.variance):
+        return found
+    above = profile.masks[mask].variance if mask is not None else 0.0
+    room = limits.variance - above
     if room < 0:
-        return []
-    kind = {"time": 0, "variance": 1, "memory": 2}[objective]
-    if objective != "time":
-        found = [choose(below.costs, kind, (time_room, room, byte_room))]
-        return [picked for picked in found if picked is not None]
-    # rho is a product of two sums: its minimum lies on their frontier, which is walked.
-    grid = [room] if math.isfinite(room) else [2.0]
-    grid += [g for i in range(1, 25) if (g := 2.0 * (i / 24) ** 2.5) < grid[0]]
-    solved = [choose(below.costs, 0, (time_room, g, byte_room)) for g in grid]
-    return [picked for picked in solved if picked is not None]
+        return found
+    part = {"time": 0, "variance": 1, "memory": 2}[objective]
+    time, size = (limits.time - 1) * profile.step_seconds, limits.saved_bytes - profile.saved_bytes
+    rooms = [room * f for f in _ROOMS] if objective == "time" and math.isfinite(room) else [room]
+    solved = [choose(costs, part, (time, r, size)) for r in rooms]
+    return found + [picked for picked in solved if picked is not None]
 
 
-def _score(profile: Profile, below: _Below, picked: Sequence[int], objective: str) -> float:
-    seconds, variance, size = (
-        math.fsum(rows[i][part] for rows, i in zip(below.costs, picked)) for part in range(3)
-    )
-    variance += below.variance
-    if objective == "memory":
-        return size
-    if objective == "variance":
-        return variance
-    ratio = max(1 + seconds / profile.step_seconds, 0.0)
-    return time_to_target_ratio(ratio, 1 + variance, profile.noise_scale)
+def _costs(
+    profile: Profile, slot: SlotProfile, mask: int | None, factor: float
+) -> list[tuple[float, float, float]]:
+    """Seconds, variance, bytes of each option; the first is exact."""
+    live = 1.0 if mask is None else profile.masks[mask].keep
+    return [
+        (0.0, 0.0, 0.0),
+        *(
+            (o.seconds(live), factor * _variance(profile, o, mask), float(o.saved_bytes))
+            for o in slot.options
+        ),
+    ]
 
 
-def _assembled(profile: Profile, mask: MaskOption | None, options: Sequence[Option | None]) -> Plan:
+# --- bill -------------------------------------------------------------------------------------------
+
+
+def _variance(profile: Profile, option: Option, mask: int | None) -> float:
+    if mask is None:
+        return option.variance
+    return option.masked[mask] if option.masked else option.variance * profile.masks[mask].growth
+
+
+def _in_company(profile: Profile, mask: int | None, options: _Picked) -> tuple[float, list[float]]:
+    """Extra variance of all places together, and the factor of each by the noise of the regions above it.
+
+    That noise adds to the cotangent that a sketch meets, whether a mask is above or not: to its error it adds in
+    proportion to the error without a mask.
+    """
+    sketched = {s.name: (s, o) for s, o in zip(profile.slots, options) if o}
+    alone = {name: _variance(profile, o, mask) for name, (_, o) in sketched.items()}
+    total = dict(alone)
+    for _ in profile.slots:  # the noise of one place may pass through all others
+        before = dict(total)
+        for name, (slot, option) in sketched.items():
+            above = math.fsum(
+                a * before[n]
+                for n, a in slot.arriving.items()
+                if n in sketched and sketched[n][1].is_region
+            )
+            total[name] = alone[name] + option.variance * above
+        if total == before:
+            break
+    factors = [total[s.name] / alone[s.name] if alone.get(s.name) else 1.0 for s in profile.slots]
+    above_all = 0.0 if mask is None else profile.masks[mask].variance
+    return above_all + math.fsum(total.values()), factors
+
+
+def _assembled(profile: Profile, mask: int | None, options: _Picked) -> tuple[Plan, list[float]]:
     texts: dict[str, str] = {}
-    live, growth = (mask.keep, mask.growth) if mask else (1.0, 1.0)
     chosen = [o for o in options if o is not None]
     for option in chosen:
         texts.update(option.rules)
     if mask is not None:
-        texts[""] = f"mask:keep={mask.keep:g}"
+        texts[""] = str(Mask(keep=profile.masks[mask].keep))
+    live = 1.0 if mask is None else profile.masks[mask].keep
     ratio = max(1 + math.fsum(o.seconds(live) for o in chosen) / profile.step_seconds, 0.0)
-    omega = (mask.variance if mask else 0.0) + growth * math.fsum(o.variance for o in chosen)
+    omega, factors = _in_company(profile, mask, options)
     size = profile.saved_bytes + sum(o.saved_bytes for o in chosen)
     rho = time_to_target_ratio(ratio, 1 + omega, profile.noise_scale)
-    return Plan(
-        texts, Bill(ratio, omega, size, rho, _smaller(profile)), exact_names=_names(profile.slots)
-    )
+    bill = Bill(ratio, omega, size, rho, _smaller(profile))
+    return Plan(texts, bill, exact_names=_names(profile.slots)), factors
 
 
 def _names(slots: Sequence[SlotProfile]) -> tuple[str, ...]:

@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from backsketch.convert import restore_, sketch_
 from backsketch.memory import kept_by
 from backsketch.nn.swap import is_swapped
-from backsketch.planning.families import FAMILIES, LADDER, Family
-from backsketch.planning.observe import (
-    Call,
-    Curve,
-    mean_curve,
-    replay,
-    row_curve,
-    watch,
-    weight_curve,
-)
+from backsketch.planning.bar import stages
+from backsketch.planning.calls import Call, backward, watching
+from backsketch.planning.families import FAMILIES, LADDER, REFERENCE, Family
+from backsketch.planning.injection import MASK_REFERENCE, Noise, mask_noise, region_noise
+from backsketch.planning.observe import Curves, curves, mask_weights, ratio, water_filling
 from backsketch.planning.passes import Passes, passes
 from backsketch.planning.record import MaskOption, Option, Profile, SlotProfile
 from backsketch.planning.slots import LossFn, Slot, find_slots
-from backsketch.regions import Mask
+from backsketch.planning.timing import Cost, place_costs, timed
+from backsketch.regions.rows import scores
 from backsketch.rules import unwrap
+from backsketch.sampling import num_kept
 from backsketch.theory.noise import GradientSums
-from backsketch.untouched import untouched
+from backsketch.untouched import repeatable, untouched
 
 __all__ = ["profile"]
 
-_REFERENCE = 0.5  # the keep of the Monte Carlo passes
-_MASK_REFERENCE = 0.7
-_REPEATS = 5
+_BATCHES = 8  # for SGD's own noise
+_CLOSELY = 2  # of them for the noise of sketches
+_STEPS = 5  # timed
+_STAGES = 1 + len(FAMILIES) + sum(f.own_weights_only for f in FAMILIES)  # and one per batch
 
 
 def profile(
@@ -50,8 +48,8 @@ def profile(
     """Measure what sketches would do to the training of a model.
 
     Finds the places by itself, times them alone on this device, counts the bytes that they save for the
-    backward, and measures the extra variance of each: one Monte Carlo pass per place and batch, carried to
-    the other keeps by the closed form of the row scores.
+    backward, and measures the extra variance of each at keep 0.5 on two batches, carried to the other keeps, and
+    below masks, by the closed form of the row scores.
 
     Args:
         model: without sketches; it is left as it was, gradients, buffers, modes and random streams included.
@@ -70,37 +68,21 @@ def profile(
     data = _batches(batches)
     if any(is_swapped(m) for m in model.modules()):
         raise ValueError("profile: the model is sketched already; call bs.restore_(model) first")
-    try:
-        with _bar(progress) as tick, untouched(model, training=True, seed=0):
+    with (
+        stages("profile", _STAGES + len(data), progress) as tick,
+        untouched(model, training=True, seed=0),
+    ):
+        try:
             return _measured(model, data, loss_fn, tick)
-    finally:
-        restore_(model)
-
-
-def _measured(
-    model: nn.Module, data: Sequence[Any], loss_fn: LossFn, tick: Callable[[str], None]
-) -> Profile:
-    tick("looking for places")
-    with passes(model, loss_fn, among=()) as run:
-        run.gradient(data[0], 0)  # the checks of the loss, before anything is swapped
-    slots = find_slots(model, data[0], loss_fn)
-    if not slots:
-        raise ValueError(
-            "profile: nothing to sketch: no residual branch, no linear layer or convolution of more than "
-            "4096 weights"
-        )
-    tick("exact passes")
-    observed = _Observed(model, loss_fn, data, slots)
-    seconds = _times(model, slots, observed.calls, tick)
-    noise, mask = _noise(model, loss_fn, data, slots, observed, tick)
-    return observed.profile(slots, seconds, noise, mask)
+        finally:
+            restore_(model)
 
 
 def _batches(batches: Iterable[Any]) -> list[Any]:
     data = []
     for batch in batches:
         data.append(batch)
-        if len(data) == 8:
+        if len(data) == _BATCHES:
             break
     if len(data) < 2:
         raise ValueError(
@@ -109,332 +91,239 @@ def _batches(batches: Iterable[Any]) -> list[Any]:
     return data
 
 
-@contextmanager
-def _bar(show: bool) -> Iterator[Callable[[str], None]]:
-    """A progress bar on the terminal where rich is installed, nothing elsewhere."""
-    try:
-        from rich.console import Console
-        from rich.status import Status
-    except ImportError:
-        yield lambda text: None
-        return
-    console = Console(stderr=True)
-    if not show or not console.is_terminal:
-        yield lambda text: None
-        return
-    with Status("profile", console=console) as status:
-        yield lambda text: status.update(f"profile: {text}")
+def _measured(
+    model: nn.Module, data: Sequence[Any], loss_fn: LossFn, tick: Callable[[str], None]
+) -> Profile:
+    tick("looking for places")
+    slots = find_slots(model, data[0], loss_fn)
+    if not slots:
+        raise ValueError(
+            "profile: nothing to sketch: no residual branch, no linear layer or convolution of more than "
+            "4096 weights"
+        )
+    observed = _observe(model, loss_fn, data, slots, tick)
+    costs = place_costs(model, slots, observed.first, tick)
+    errors: dict[tuple[str, str], float] = {}
+    for family in (f for f in FAMILIES if f.own_weights_only):
+        tick(f"extra variance of {family.name}")
+        for name, error in _weight_errors(model, loss_fn, data, family, slots, observed).items():
+            errors[name, family.name] = error
+    for slot in slots:
+        if slot.row_dims is not None and slot.name in observed.noise[0]:
+            errors[slot.name, "save"] = fmean(n[slot.name].alone for n in observed.noise)
+    return _assembled(slots, observed, costs, errors)
 
 
 # --- exact passes -----------------------------------------------------------------------------------
 
 
+@dataclass
 class _Observed:
-    """Exact gradients of all batches, and what the slots received in them."""
+    """What exact passes showed; the lists have an entry per batch that was watched."""
 
-    def __init__(
-        self, model: nn.Module, loss_fn: LossFn, data: Sequence[Any], slots: Sequence[Slot]
-    ) -> None:
-        self.exact: list[list[Tensor]] = []
-        self.calls: dict[str, Call] = {}
-        curves: dict[tuple[str, str], list[Curve]] = {}
-        sums = GradientSums()
-        with passes(model, loss_fn, among=()) as run:
-            for number, batch in enumerate(data):
-                grads: list[Tensor] = []
-                calls, layers = watch(
-                    model,
-                    slots,
-                    lambda: grads.extend(run.gradient(batch, number)),  # noqa: B023
-                )
-                if not number:
-                    self.calls = calls
-                for key, curve in _curves(slots, calls, layers):
-                    curves.setdefault(key, []).append(curve)
-                self.exact.append(grads)
-                sums.add(grads)
-        self.curves = {key: mean_curve(found) for key, found in curves.items()}
-        self.sgd, self.beta = sums.sgd_variance, sums.noise_scale
-        self.step = _step_seconds(model, loss_fn, data[0])
-        self.bytes = _saved(lambda: loss_fn(model, data[0]), model)
-
-    def profile(
-        self,
-        slots: Sequence[Slot],
-        seconds: dict[tuple[str, str, float], tuple[float, int]],
-        noise: dict[tuple[str, str], float],
-        mask: tuple[MaskOption, ...],
-    ) -> Profile:
-        """Everything put together, relative to the exact step and to SGD's variance."""
-        rows = tuple(
-            SlotProfile(
-                slot.name,
-                slot.kind,
-                slot.row_dims,
-                slot.layers,
-                self._options(slot, seconds, noise),
-            )
-            for slot in slots
-        )
-        return Profile(
-            rows,
-            mask,
-            self.step,
-            self.bytes,
-            self.beta,
-            self.sgd,
-            str(_device(self.exact)),
-            torch.__version__,
-        )
-
-    def _options(
-        self,
-        slot: Slot,
-        seconds: dict[tuple[str, str, float], tuple[float, int]],
-        noise: dict[tuple[str, str], float],
-    ) -> tuple[Option, ...]:
-        found = []
-        base = seconds.get((slot.name, "exact", 1.0))
-        for family in FAMILIES:
-            points = [
-                (k, *seconds[key])
-                for k in family.times
-                if (key := (slot.name, family.name, k)) in seconds
-            ]
-            if base is None or not points or (slot.name, family.noise) not in noise:
-                continue
-            reference = noise[slot.name, family.noise]
-            curve = self.curves.get((slot.name, family.noise))
-            slope, constant = _affine([(k, s) for k, s, _ in points])
-            for keep in family.keeps:
-                scale = curve.over(_REFERENCE)[keep] if curve else 1.0
-                rules = {n: str(s) for n, s in family.rules(slot, keep).items()}
-                found.append(
-                    Option(
-                        family.name,
-                        keep,
-                        rules,
-                        constant - base[0],
-                        slope * keep,
-                        reference * scale,
-                        points[0][2] - base[1],
-                    )
-                )
-        return tuple(found)
+    device: str
+    saved_bytes: int = 0
+    step_seconds: float = 0.0
+    sums: GradientSums = field(default_factory=GradientSums)
+    exact: list[list[Tensor]] = field(default_factory=list)
+    curves: list[Curves] = field(default_factory=list)
+    noise: list[dict[str, Noise]] = field(default_factory=list)
+    masks: list[float] = field(default_factory=list)
+    output: list[Tensor] = field(default_factory=list)
+    first: dict[str, Call] = field(default_factory=dict)
 
 
-def _curves(
-    slots: Sequence[Slot], calls: dict[str, Call], layers: dict[str, Call]
-) -> Iterator[tuple[tuple[str, str], Curve]]:
-    for slot in slots:
-        call = calls.get(slot.name)
-        if call is not None and call.cotangent is not None and slot.row_dims is not None:
-            yield (slot.name, "save"), row_curve(call.cotangent, slot.row_dims)
-        parts = [
-            weight_curve(layers[n].args[0], g)
-            for n in slot.layers
-            if n in layers and (g := layers[n].cotangent) is not None and layers[n].args
-        ]
-        if parts:
-            yield (slot.name, "weights"), mean_curve(parts)
-
-
-def _device(grads: Sequence[Sequence[Tensor]]) -> torch.device:
-    return grads[0][0].device
-
-
-def _affine(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Slope and constant of time in keep; a constant alone from one point."""
-    if len(points) == 1:
-        return 0.0, points[0][1]
-    (a, ta), (b, tb) = points[0], points[-1]
-    slope = max((ta - tb) / (a - b), 0.0)
-    return slope, (ta + tb) / 2 - slope * (a + b) / 2
-
-
-# --- time and bytes ---------------------------------------------------------------------------------
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _median_seconds(work: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    times = []
-    for _ in range(repeats):
-        _synchronize()
-        start = time.perf_counter()
-        work()
-        _synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)  # of few: another job on the machine must not decide
-
-
-def _step_seconds(model: nn.Module, loss_fn: LossFn, batch: Any) -> float:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
-
-    with torch.random.fork_rng():
-        step()
-        return _median_seconds(step, 5)
-
-
-def _saved(forward: Callable[[], Any], model: nn.Module) -> int:
-    with torch.random.fork_rng():
-        return kept_by(model, forward).total
-
-
-def _times(
-    model: nn.Module,
-    slots: Sequence[Slot],
-    calls: dict[str, Call],
-    tick: Callable[[str], None],
-) -> dict[tuple[str, str, float], tuple[float, int]]:
-    """Seconds and saved bytes of every slot alone: exact, and each family at the keeps it is timed at.
-
-    Slots of one class and size stand for each other: a deep model has few kinds of block.
-    """
-    found: dict[tuple[str, str, float], tuple[float, int]] = {}
-    alike: dict[Any, list[Slot]] = {}
-    for slot in slots:
-        if slot.name in calls:
-            kind = _kind(model.get_submodule(slot.name), calls[slot.name])
-            alike.setdefault((kind, slot.row_dims), []).append(slot)
-    first = [group[0] for group in alike.values()]
-
-    def run(name: str, family: str, keep: float) -> None:
-        module, call = model.get_submodule(name), calls[name]
-        with torch.random.fork_rng():
-            for _ in range(2):  # a region proves itself on the first
-                replay(module, call)
-            seconds = _median_seconds(lambda: replay(module, call))
-            size = _saved(lambda: module(*call.args, **call.kwargs), module)
-        found[name, family, keep] = seconds, size
-
-    for slot in first:
-        run(slot.name, "exact", 1.0)
-    for family in FAMILIES:
-        fitting = [s for s in first if family.fits(s)]
-        for keep in family.times if fitting else ():
-            tick(f"timing {family.name} at {keep:g}")
-            sketch_(model, {k: v for s in fitting for k, v in family.rules(s, keep).items()})
-            for slot in fitting:
-                run(slot.name, family.name, keep)
-            restore_(model)
-    for group in alike.values():
-        measured = [(k, v) for k, v in found.items() if k[0] == group[0].name]
-        for slot in group[1:]:
-            found.update({(slot.name, *key[1:]): value for key, value in measured})
-    return found
-
-
-def _kind(module: nn.Module, call: Call) -> Any:
-    tensors = [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
-    shapes = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
-    sizes = tuple((name, tuple(p.shape), p.requires_grad) for name, p in module.named_parameters())
-    return type(module), shapes, sizes
-
-
-# --- extra variance ---------------------------------------------------------------------------------
-
-
-def _noise(
+def _observe(
     model: nn.Module,
     loss_fn: LossFn,
     data: Sequence[Any],
     slots: Sequence[Slot],
-    observed: _Observed,
     tick: Callable[[str], None],
-) -> tuple[dict[tuple[str, str], float], tuple[MaskOption, ...]]:
-    """Extra variance of each slot and noise family at the reference keep, and of masks on the output."""
-    found: dict[tuple[str, str], float] = {}
-    for family in FAMILIES:
-        fitting = [s for s in slots if family.fits(s)]
-        if family.noise != family.name or not fitting:
-            continue
-        tick(f"extra variance of {family.name}")
-        rules = {k: v for s in fitting for k, v in family.rules(s, _REFERENCE).items()}
-        sketch_(model, rules)
-        with passes(model, loss_fn) as run:
-            errors = _errors(run, family, fitting, data, observed.exact)
-        restore_(model)
-        for slot in fitting:
-            if observed.sgd > 0:
-                found[slot.name, family.name] = errors[slot.name] / observed.sgd
-    tick("extra variance of masks")
-    if any(not slot.name for slot in slots):
-        return found, ()  # a region over the whole model is a mask that saves time as well
-    return found, _masks(model, loss_fn, data, observed)
+) -> _Observed:
+    seen = _Observed(str(next(model.parameters()).device))
+    times = []
+    with passes(model, loss_fn, among=()) as run:
+        for number, batch in enumerate(data):
+            tick("exact passes")
+            if number < _CLOSELY:
+                gradient = _watched(run, slots, batch, number, seen)
+            else:
+                seconds, gradient = timed(lambda: run.gradient(batch, number))  # noqa: B023
+                times.append(seconds)
+            seen.sums.add(gradient)
+        while len(times) < _STEPS:
+            times.append(timed(lambda: run.gradient(data[0], 0))[0])
+    seen.step_seconds = statistics.median(times)
+    with repeatable(model, 0):
+        seen.saved_bytes = kept_by(model, lambda: loss_fn(model, data[0])).total
+    return seen
 
 
-def _errors(
-    run: Passes,
+def _watched(
+    run: Passes, slots: Sequence[Slot], batch: Any, number: int, seen: _Observed
+) -> list[Tensor]:
+    """An exact pass, and on its graph the noise of single places."""
+    names = {"", *(s.name for s in slots), *(name for s in slots for name in s.layers)}
+    with watching(run.model, names) as calls, run.loss(batch, number) as loss:
+        gradient = backward(loss, list(run.parameters.values()), calls, retain_graph=True)
+        seen.noise.append(region_noise(run, calls, slots, number))
+        output = _maskable(calls[""], slots)
+        if output:
+            seen.masks.append(mask_noise(run, output, number))
+            seen.output.append(scores(output.cotangents, 1))
+    weights = mask_weights(output.cotangents[0]) if output else {}
+    seen.curves.append(curves(slots, calls, weights))
+    seen.exact.append(gradient)
+    if not seen.first:
+        seen.first = {name: found[0] for name, found in calls.items() if found[0].cotangents}
+    return gradient
+
+
+def _maskable(calls: list[Call], slots: Sequence[Slot]) -> Call | None:
+    """The model's call, if its output is one tensor with a row per sample.
+
+    Not where the whole model is one place: a region over it is that mask, and saves time as well.
+    """
+    if len(calls) != 1 or len(calls[0].cotangents) != 1 or any(not slot.name for slot in slots):
+        return None
+    g = calls[0].cotangents[0]
+    return calls[0] if g.ndim > 1 and g.shape[0] > 1 else None
+
+
+# --- sketched passes --------------------------------------------------------------------------------
+
+
+def _weight_errors(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: Sequence[Any],
     family: Family,
     slots: Sequence[Slot],
-    data: Sequence[Any],
-    exact: Sequence[Sequence[Tensor]],
+    seen: _Observed,
 ) -> dict[str, float]:
-    """``‖ĝ − g‖²`` with one slot's sketches active at a time, averaged over two batches.
-
-    Errors of ``grad_weight`` stay where they are made, so one pass shows those of all slots.
-    """
-    everything = [place.index for place in run.places]
-    pairs = list(enumerate(data))[:2]
-    run.gradient(data[0], 0, everything)  # regions prove themselves
-    names = list(run.parameters)
-    errors = dict.fromkeys((s.name for s in slots), 0.0)
-    for number, batch in pairs:
-        if family.name != "save":
-            noisy = run.gradient(batch, number, everything)
-            for name, a, b in zip(names, noisy, exact[number]):
-                owner = next((s.name for s in slots if _owns(s, name)), None)
-                error = float((a - b).double().square().sum())
-                for slot in errors if owner is None else (owner,):
-                    errors[slot] += error / (len(errors) if owner is None else 1)
-            continue
-        for place in run.places:
-            noisy = run.gradient(batch, number, [place.index])
-            error = sum(
-                float((a - b).double().square().sum()) for a, b in zip(noisy, exact[number])
-            )
-            errors[place.name] += error
-    return {name: error / len(pairs) for name, error in errors.items()}
+    """``‖ĝ − g‖²`` by slot, all of them sketched at once: errors of ``grad_weight`` stay where they are made."""
+    fitting = [s for s in slots if family.fits(s)]
+    if not fitting:
+        return {}
+    sketch_(model, {k: v for s in fitting for k, v in family.rules(s, REFERENCE).items()})
+    errors = dict.fromkeys((s.name for s in fitting), 0.0)
+    with passes(model, loss_fn) as run:
+        everything = [place.index for place in run.places]
+        for number, exact in enumerate(seen.exact):
+            noisy = run.gradient(data[number], number, everything)
+            for name, a, b in zip(run.parameters, noisy, exact):
+                owners = [s.name for s in fitting if _owns(s, name)] or list(errors)
+                for owner in owners:
+                    errors[owner] += float((a - b).double().square().sum()) / len(owners)
+    restore_(model)
+    return {name: error / len(seen.exact) for name, error in errors.items()}
 
 
 def _owns(slot: Slot, parameter: str) -> bool:
     return any(parameter.startswith(f"{layer}.") for layer in slot.layers)
 
 
-def _masks(
-    model: nn.Module, loss_fn: LossFn, data: Sequence[Any], observed: _Observed
-) -> tuple[MaskOption, ...]:
-    """A mask on the model's output, if that is one tensor with a row per sample."""
-    caught: list[Tensor] = []
+# --- everything together ----------------------------------------------------------------------------
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim > 1 and output.requires_grad:
-            output.register_hook(lambda g: caught.append(g.detach()))
 
-    with passes(model, loss_fn, among=()) as run:
-        handle = model.register_forward_hook(after)
-        run.gradient(data[0], 0)
-        handle.remove()
-    if len(caught) != 1 or caught[0].shape[0] < 2 or observed.sgd <= 0:
-        return ()
-    shape = row_curve(caught[0], 1)
-    sketch_(model, {"": Mask(keep=_MASK_REFERENCE)})
-    with passes(model, loss_fn) as run:
-        error = 0.0
-        for number, batch in list(enumerate(data))[:4]:
-            noisy = run.gradient(batch, number, [0])
-            pairs = zip(noisy, observed.exact[number])
-            error += sum(float((a - b).double().square().sum()) for a, b in pairs)
-    restore_(model)
-    reference = error / min(len(data), 4) / observed.sgd
-    return tuple(
-        MaskOption(keep, reference * shape.over(_MASK_REFERENCE)[keep], 1 + shape.relative[keep])
-        for keep in LADDER
+def _assembled(
+    slots: Sequence[Slot],
+    seen: _Observed,
+    costs: Mapping[tuple[str, str], Cost],
+    errors: Mapping[tuple[str, str], float],
+) -> Profile:
+    """Relative to the exact step and to SGD's variance."""
+    sgd = seen.sums.sgd_variance
+    places = tuple(
+        SlotProfile(
+            slot.name,
+            slot.kind,
+            slot.row_dims,
+            slot.layers,
+            tuple(_options(slot, seen, costs, errors)) if sgd > 0 else (),
+            _arriving(slot, seen.noise, sgd),
+        )
+        for slot in slots
     )
+    return Profile(
+        places,
+        tuple(_masks(seen)) if sgd > 0 else (),
+        seen.step_seconds,
+        seen.saved_bytes,
+        seen.sums.noise_scale,
+        sgd,
+        seen.device,
+        torch.__version__,
+    )
+
+
+def _options(
+    slot: Slot,
+    seen: _Observed,
+    costs: Mapping[tuple[str, str], Cost],
+    errors: Mapping[tuple[str, str], float],
+) -> Iterator[Option]:
+    masks = LADDER if seen.masks else ()
+    for family in FAMILIES:
+        error, cost = errors.get((slot.name, family.noise)), costs.get((slot.name, family.name))
+        if error is None or cost is None or not family.fits(slot):
+            continue
+        omega = error / seen.sums.sgd_variance
+        for keep in family.keeps:
+            yield Option(
+                family.name,
+                keep,
+                {n: str(s) for n, s in family.rules(slot, keep).items()},
+                cost.fixed,
+                cost.slope * keep,
+                omega * _scale(slot, family, seen, 1.0, keep),
+                cost.saved_bytes,
+                family.nested,
+                tuple(omega * _scale(slot, family, seen, mask, keep) for mask in masks),
+            )
+
+
+def _scale(slot: Slot, family: Family, seen: _Observed, mask: float, keep: float) -> float:
+    """Extra variance at a keep below a mask, over what was measured."""
+    if len(family.keeps) == 1:  # rounding: in proportion to the energy of the cotangents
+        return 1 + _relative(seen, mask) if mask < 1 else 1.0
+    return ratio(seen.curves, (slot.name, family.noise), mask, keep, REFERENCE)
+
+
+def _relative(seen: _Observed, mask: float) -> float:
+    """``E‖error‖²`` of a mask on the output, over the energy of its cotangent."""
+    parts = [
+        water_filling(s, [num_kept(s.shape[0], mask)])[0] / max(float(s.square().sum()), 1e-300)
+        for s in seen.output
+    ]
+    return fmean(parts)
+
+
+def _masks(seen: _Observed) -> Iterator[MaskOption]:
+    if not seen.masks:
+        return
+    measured, base = fmean(seen.masks) / seen.sums.sgd_variance, _relative(seen, MASK_REFERENCE)
+    for keep in LADDER:
+        relative = _relative(seen, keep)
+        yield MaskOption(keep, measured * relative / base if base > 0 else 0.0, 1 + relative)
+
+
+def _arriving(slot: Slot, noise: Sequence[Mapping[str, Noise]], sgd: float) -> dict[str, float]:
+    """By how much a unit of extra variance at other places adds to the errors made here, relative.
+
+    The growth measured with all others at the reference keep, shared among them by the energy of their noise.
+    """
+    if slot.name not in noise[0]:
+        return {}
+    alone, company = (
+        math.fsum(getattr(n[slot.name], kind) for n in noise) for kind in ("alone", "company")
+    )
+    energy = {o: math.fsum(n[o].arriving.get(slot.name, 0.0) for n in noise) for o in noise[0]}
+    total = math.fsum(energy.values())
+    if not (company > alone > 0 and total > 0):
+        return {}
+    return {
+        other: (company / alone - 1) * part / total * sgd / fmean(n[other].company for n in noise)
+        for other, part in energy.items()
+        if part > 0
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ class Option:
     """One sketch at one slot, relative to leaving it exact.
 
     ``fixed_seconds + live_seconds`` is the change of a step's time; the second part shrinks with the
-    fraction of rows that a mask above leaves. ``variance`` is in units of SGD's at this batch size.
+    fraction of rows that a mask above leaves, if the sketch is ``nested``: if it keeps a fraction of those
+    rows, not of all. ``variance`` is in units of SGD's at this batch size, ``masked`` the same below each of
+    the profile's masks.
     """
 
     family: str
@@ -30,21 +32,34 @@ class Option:
     live_seconds: float
     variance: float
     saved_bytes: int
+    nested: bool = True
+    masked: tuple[float, ...] = ()
+
+    @property
+    def is_region(self) -> bool:
+        """Whether its noise travels on to the places below."""
+        return self.family in ("save", "recompute")
 
     def seconds(self, live: float = 1.0) -> float:
         """Change of a step's time below a mask that keeps a fraction ``live`` of the rows."""
-        return self.fixed_seconds + self.live_seconds * live
+        share = live if self.nested else min(1.0, live / self.keep)
+        return self.fixed_seconds + self.live_seconds * share
 
 
 @dataclass(frozen=True)
 class SlotProfile:
-    """A place and what can be put there."""
+    """A place and what can be put there.
+
+    ``arriving``: by how much a unit of extra variance at another place, in a region there, adds to the errors made
+    here, relative.
+    """
 
     name: str
     kind: str
     row_dims: int | None
     layers: tuple[str, ...]
     options: tuple[Option, ...]
+    arriving: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,23 @@ class Profile:
 
         return make_plan(self, objective, max_extra_variance, max_saved_bytes, max_time)
 
+    def predict(self, rules: Mapping[str, object]) -> Plan:
+        """The plan that these rules are, with its bill.
+
+        Args:
+            rules: patterns and sketches as a plan spells them (``plan.texts``): a place with one of its options
+                for each, and ``""`` for a mask on the output.
+
+        Raises:
+            ValueError: a rule is none of the profile's options.
+
+        Example:
+            ``profile.predict({"": "mask:keep=0.8", "blocks.0.mlp": "region:keep=0.5,row_dims=2"}).predicted``
+        """
+        from backsketch.planning.plan import plan_of
+
+        return plan_of(self, rules)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
@@ -119,7 +151,10 @@ class Profile:
                 **{
                     **slot,
                     "layers": tuple(slot["layers"]),
-                    "options": tuple(Option(**option) for option in slot["options"]),
+                    "options": tuple(
+                        Option(**{**o, "masked": tuple(o.get("masked", ()))})
+                        for o in slot["options"]
+                    ),
                 }
             )
             for slot in plain["slots"]

@@ -2,7 +2,8 @@
 
 A *residual branch* is a module whose output goes straight into an addition; sketching it leaves the identity
 path exact. Rows of a branch are tokens if a region over tokens proves itself, else samples, else the
-branch is no region. Layers outside of branches are slots of their own.
+branch is no region. Layers outside of branches are slots of their own. Slots of one class and size are *alike*:
+the first stands for the others wherever that is enough.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch.utils import _pytree as pytree
 from backsketch.convert import restore_, sketch_
 from backsketch.estimators import Rows, Split
 from backsketch.nn.registry import adapter_of, refusal
+from backsketch.planning.calls import Call, Calls, replay, tensors_of, watching
+from backsketch.planning.passes import checked
 from backsketch.regions import Region, state_of
+from backsketch.untouched import repeatable
 
 __all__ = ["Slot", "find_slots"]
 
@@ -30,33 +34,64 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Slot:
-    """A module for which one sketch is chosen; ``row_dims`` is None where it cannot be a region."""
+    """A module for which one sketch is chosen.
+
+    ``row_dims`` is None where it cannot be a region; ``like`` is the first slot of its class and sizes.
+    """
 
     name: str
     kind: str  # "branch", "layer" or "model"
     row_dims: int | None
     layers: tuple[str, ...]
+    like: str
 
 
 def find_slots(model: nn.Module, batch: Any, loss_fn: LossFn) -> list[Slot]:
     """The slots of a model, in the order of ``named_modules``.
 
     Args:
-        model: without sketches, in training mode.
+        model: without sketches, in training mode. Its buffers are left as they were.
         batch: one batch.
         loss_fn: ``loss_fn(model, batch)`` returns the scalar loss.
     """
-    branches = _branches(model, batch, loss_fn)
-    if not branches and _row_dims(model, [""], batch, loss_fn):
-        return [Slot("", "model", 1, _layers(model, ""))]  # a plain chain is best sketched as one
-    dims = _row_dims(model, branches, batch, loss_fn)
-    inside = {n for b in branches for n, _ in model.named_modules() if _below(n, b)}
-    found = [Slot(b, "branch", dims.get(b), _layers(model, b)) for b in branches]
-    for name, module in model.named_modules():
-        if name not in inside and adapter_of(module) and _is_worth_it(module):
-            found.append(Slot(name, "layer", None, (name,)))
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted((s for s in found if s.layers or s.row_dims), key=lambda s: order[s.name])
+    with repeatable(model, 0), torch.enable_grad():
+        with watching(model, [name for name, _ in model.named_modules()]) as calls:
+            loss = checked(loss_fn(model, batch), 0)
+        branches = _branches(model, calls, loss)
+        if not branches and calls[""] and _row_dims(model, "", calls[""][0]):
+            return [
+                Slot("", "model", 1, _layers(model, ""), "")
+            ]  # a plain chain is best sketched as one
+        inside = {n for b in branches for n, _ in model.named_modules() if _below(n, b)}
+        alone = [
+            name
+            for name, module in model.named_modules()
+            if name not in inside and adapter_of(module) and _is_worth_it(module)
+        ]
+        chosen = {name for name in (*branches, *alone) if calls[name]}
+        return _described(model, [n for n, _ in model.named_modules() if n in chosen], alone, calls)
+
+
+def _described(model: nn.Module, names: list[str], alone: list[str], calls: Calls) -> list[Slot]:
+    first: dict[Any, str] = {}
+    dims: dict[str, int | None] = {}
+    slots = []
+    for name in names:
+        layer = name in alone
+        like = first.setdefault(_sizes(model.get_submodule(name), calls[name][0]), name)
+        if like == name:
+            dims[name] = None if layer else _row_dims(model, name, calls[name][0])
+        layers = (name,) if layer else _layers(model, name)
+        slots.append(Slot(name, "layer" if layer else "branch", dims[like], layers, like))
+    return [s for s in slots if s.layers or s.row_dims]
+
+
+def _sizes(module: nn.Module, call: Call) -> Any:
+    """What decides a module's time and bytes."""
+    inputs = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in call.tensors)
+    parts = tuple((type(m), m.extra_repr()) for m in module.modules())
+    sizes = tuple((n, tuple(p.shape), p.requires_grad) for n, p in module.named_parameters())
+    return parts, inputs, sizes
 
 
 def _below(name: str, top: str) -> bool:
@@ -77,29 +112,12 @@ def _is_worth_it(module: nn.Module) -> bool:
 # --- residual branches ------------------------------------------------------------------------------
 
 
-def _branches(model: nn.Module, batch: Any, loss_fn: LossFn) -> list[str]:
-    made: dict[
-        Any, list[str]
-    ] = {}  # autograd node -> modules whose output it made, inner ones first
-    names = {module: name for name, module in model.named_modules()}
-    keep: list[Tensor] = []  # a node's identity holds only while its tensor lives
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        if tensors and tensors[0].grad_fn is not None and names[module]:
-            made.setdefault(tensors[0].grad_fn, []).append(names[module])
-            keep.append(tensors[0])
-
-    handles = [m.register_forward_hook(after) for m in names]
-    try:
-        loss = loss_fn(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _branches(model: nn.Module, calls: Calls, loss: Tensor) -> list[str]:
     with_weights = {n for n, m in model.named_modules() if any(True for _ in m.parameters())}
-    makers = {
-        node: n[-1] for node, ns in made.items() if (n := [n for n in ns if n in with_weights])
-    }
+    makers: dict[Any, str] = {}  # autograd node -> the outermost module whose output it made
+    for name, _ in reversed(list(model.named_modules())):
+        if name and name in with_weights:
+            makers |= {call.edges[0].node: name for call in calls[name] if call.edges}
     return list(dict.fromkeys(makers[node] for node in _branch_terms(loss.grad_fn, makers)))
 
 
@@ -145,27 +163,45 @@ def _reached(root: Any) -> list[Any]:
 # --- rows -------------------------------------------------------------------------------------------
 
 
-def _row_dims(model: nn.Module, branches: list[str], batch: Any, loss_fn: LossFn) -> dict[str, int]:
-    """The most leading dimensions whose rows a region over each branch keeps apart."""
-    found: dict[str, int] = {}
-    for dims in (2, 1):
-        rest = [b for b in branches if b not in found]
-        accepted = []
-        for branch in rest:
-            try:
-                sketch_(model, {branch: Region(keep=0.5, row_dims=dims)})
-                accepted.append(branch)
-            except ValueError:  # batch statistics, say: refused before anything runs
-                continue
-        if not accepted:
-            continue
-        sketch_(model, {b: Region(keep=0.5, row_dims=dims) for b in accepted})
+def _row_dims(model: nn.Module, name: str, call: Call) -> int | None:
+    """The most leading dimensions whose rows a region over a module keeps apart; it proves itself."""
+    module = model.get_submodule(name)
+    for dims in (2, 1) if name else (1,):
+        if not _seem_apart(module, call, dims - 1):
+            continue  # a capture costs as much as several steps
         try:
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
-            for branch in accepted:
-                if state_of(model.get_submodule(branch)).status == "active":
-                    found[branch] = dims
+            sketch_(model, {name: Region(keep=0.5, row_dims=dims)})
+        except ValueError:  # batch statistics, say: refused before anything runs
+            continue
+        try:
+            replay(module, call)
+            if state_of(module).status == "active":
+                return dims
         finally:
             restore_(model)
-    return found
+    return None
+
+
+@torch.no_grad()
+def _seem_apart(module: nn.Module, call: Call, axis: int) -> bool:
+    """Whether a change of the first row along an axis leaves the other rows of the output alone."""
+    if not call.tensors or call.tensors[0].ndim <= axis + 1 or not call.edges:
+        return False
+    size = call.tensors[0].shape[axis]
+
+    def changed(t: Tensor) -> Tensor:
+        if not t.is_floating_point() or t.ndim <= axis or t.shape[axis] != size:
+            return t
+        return torch.cat([2 * t.narrow(axis, 0, 1) + 1, t.narrow(axis, 1, size - 1)], axis)
+
+    def rest(args: Any, kwargs: Any) -> Tensor:
+        with repeatable(module, 0):
+            output = tensors_of(module(*args, **kwargs))[0]
+        return output.narrow(axis, 1, size - 1)
+
+    try:
+        after = rest(*pytree.tree_map_only(Tensor, changed, (call.args, call.kwargs)))
+        before = rest(call.args, call.kwargs)
+    except (RuntimeError, IndexError):  # an output without such an axis
+        return False
+    return before.shape == after.shape and torch.allclose(before, after, rtol=1e-3, atol=1e-5)

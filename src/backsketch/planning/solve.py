@@ -1,13 +1,59 @@
-"""One option for each place at the least total, under limits: a multiple-choice knapsack, solved exactly."""
+"""One option for each place: the frontier of two costs, and a multiple-choice knapsack under limits."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
-__all__ = ["choose"]
+__all__ = ["choose", "frontier"]
 
 Cost = tuple[float, float, float]
+
+
+def frontier(costs: Sequence[Sequence[Cost]]) -> list[list[int]]:
+    """Choices at the corners of the convex hull of total time (cost 0) and total variance (cost 1).
+
+    Each place's own hull is walked from its least variance on, always taking the step that saves most time per
+    variance. A product of two positive sums, such as :func:`backsketch.theory.time_to_target_ratio`, is
+    quasi-concave, so the least one of all choices is at a corner.
+
+    Returns:
+        Lists of one index per place, from the least variance to the least time.
+
+    Example:
+        >>> frontier([[(0, 0, 0), (-2, 1, 0)], [(0, 0, 0), (-3, 2, 0)]])
+        [[0, 0], [1, 0], [1, 1]]
+    """
+    hulls = [_hull(options) for options in costs]
+    steps = []
+    for place, hull in enumerate(hulls):
+        for i, j in itertools.pairwise(hull):
+            (ta, va, _), (tb, vb, _) = costs[place][i], costs[place][j]
+            steps.append(((vb - va) / (ta - tb), place, j))
+    picked = [hull[0] for hull in hulls]
+    found = [list(picked)]
+    for _, place, option in sorted(steps):
+        picked[place] = option
+        found.append(list(picked))
+    return found
+
+
+def _hull(options: Sequence[Cost]) -> list[int]:
+    """The lower left hull of (time, variance), from the least variance to the least time."""
+    order = sorted(range(len(options)), key=lambda i: (options[i][1], options[i][0]))
+    hull: list[int] = []
+    for i in order:
+        t, v, _ = options[i]
+        if hull and t >= options[hull[-1]][0]:
+            continue
+        while len(hull) > 1:
+            (ta, va, _), (tb, vb, _) = options[hull[-2]], options[hull[-1]]
+            if (vb - va) * (ta - t) < (v - va) * (ta - tb):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
 
 
 def choose(

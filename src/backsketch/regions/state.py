@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from backsketch.regions.spec import Region
 
@@ -21,8 +20,7 @@ class RegionState:
     """The live side of one region.
 
     ``status`` is ``"pending"`` until the first backward pass has been checked, then ``"active"``, or
-    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias. ``trace``, where someone
-    put one, collects the row norms of the cotangents that were sampled.
+    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias.
     """
 
     name: str = ""
@@ -30,7 +28,6 @@ class RegionState:
     reason: str | None = None
     spec: Region | None = None
     live_fraction: float | None = None
-    trace: deque[Tensor] | None = None
     refused: bool = False
     runner: Any = None
     exhausted: list[Any] = field(default_factory=list)
