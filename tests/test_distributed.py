@@ -29,6 +29,21 @@ def gradients(called: nn.Module, owner: nn.Module, x: torch.Tensor) -> torch.Ten
     return torch.cat([p.grad.flatten() for p in owner.parameters()]).clone()
 
 
+def controlled(rank: int) -> dict[str, object]:
+    """The state of a controller after some steps, each rank on its own data."""
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
+    wrapped = nn.parallel.DistributedDataParallel(own)
+    bs.sketch_(wrapped, bs.Rows(keep=0.5))
+    control = bs.Controller(wrapped, 0.1)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(16):
+        wrapped(torch.randn(64, 64, generator=generator)).square().mean().backward()
+        control.step()
+        wrapped.zero_grad()
+    return control.state_dict()
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -54,6 +69,7 @@ def work(rank: int, folder: str) -> None:
         bs.restore_(wrapped)
         result["types"] = [type(m).__name__ for m in own]
         result["restored"] = gradients(wrapped, own, batch(rank))
+        result["controlled"] = controlled(rank)
         torch.save(result, os.path.join(folder, f"{rank}.pt"))
     finally:
         torch.distributed.destroy_process_group()
@@ -82,6 +98,13 @@ def test_ranks_do_not_share_noise(ranks):
     assert not set(ranks[0]["seeds"]) & set(ranks[1]["seeds"])
     a, b = ranks[0]["same data"], ranks[1]["same data"]  # one model, one batch, one base seed
     assert not any(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_all_ranks_hold_the_same_plan(ranks):
+    mine, other = (rank["controlled"] for rank in ranks)
+    assert mine == other
+    assert mine["log"]
+    assert mine["replicas"] == 2
 
 
 def check_mean(draws: torch.Tensor, exact: torch.Tensor) -> None:

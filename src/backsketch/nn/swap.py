@@ -17,7 +17,7 @@ from torch import nn
 
 from backsketch.estimators import Sketch
 
-__all__ = ["Swapped", "exact", "is_swapped", "sketch_of", "swap_", "unswap_"]
+__all__ = ["Swapped", "exact", "is_swapped", "resketch_", "sketch_of", "swap_", "unswap_"]
 
 _SKETCH = "_backsketch"
 _EXACT = "_backsketch_exact"
@@ -77,6 +77,12 @@ def swap_(module: nn.Module, mixin: type[Swapped], sketch: Sketch) -> None:
     assert not is_swapped(module)
     module.__dict__[_SKETCH] = sketch
     module.__class__ = _swapped_class(mixin, type(module))
+
+
+def resketch_(module: nn.Module, sketch: Sketch) -> None:
+    """Give a swapped module another sketch of the same kind; nothing is proven or captured again."""
+    assert isinstance(module, Swapped)
+    module.__dict__[_SKETCH] = sketch
 
 
 def unswap_(module: nn.Module) -> None:

@@ -1,5 +1,7 @@
-"""Planning: the variance ledger and benchmarks."""
+"""Planning: the variance ledger, profiles, plans, the controller and benchmarks."""
 
+from backsketch.planning.controller import Change as Change
+from backsketch.planning.controller import Controller as Controller
 from backsketch.planning.ledger import Ledger as Ledger
 from backsketch.planning.ledger import SiteError as SiteError
 from backsketch.planning.plan import Bill as Bill

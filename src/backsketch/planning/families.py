@@ -9,13 +9,17 @@ from backsketch.estimators import Quantized, Rows, Sketch, Split
 from backsketch.planning.slots import Slot
 from backsketch.regions import Region
 
-__all__ = ["FAMILIES", "LADDER", "REFERENCE", "Family"]
+__all__ = ["FAMILIES", "FINE_LADDER", "LADDER", "REFERENCE", "Family"]
 
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25)
 """The keeps that plans and controllers use: few, so that nothing is compiled again and again."""
 
 REFERENCE = 0.5
 """The keep at which extra variance is measured."""
+
+
+FINE_LADDER = (1.0, 0.95, *LADDER, 0.2, 0.16, 0.13, 0.1, 0.08, 0.06, 0.05)
+"""The keeps that a controller moves on: neighbours differ by less than half in extra variance."""
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ class Program:
         if not self.verified:
             return self._first(state, args, lead, scores)
         state.settle("active")
+        if state.trace is not None:
+            state.trace.append(scores)
         sample = sampling.draw_live(scores, state.spec.keep, _num_live(state, scores))
         if sample is None:
             return self.exact(args)

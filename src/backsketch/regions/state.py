@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from backsketch.regions.spec import Region
 
@@ -20,7 +21,8 @@ class RegionState:
     """The live side of one region.
 
     ``status`` is ``"pending"`` until the first backward pass has been checked, then ``"active"``, or
-    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias.
+    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias. ``trace``, where someone
+    put one, collects the row norms of the cotangents that were sampled.
     """
 
     name: str = ""
@@ -28,6 +30,7 @@ class RegionState:
     reason: str | None = None
     spec: Region | None = None
     live_fraction: float | None = None
+    trace: deque[Tensor] | None = None
     refused: bool = False
     runner: Any = None
     exhausted: list[Any] = field(default_factory=list)

@@ -5,6 +5,8 @@
 
 from backsketch.theory import sgd as sgd
 from backsketch.theory import variance as variance
+from backsketch.theory.advice import effective_batch as effective_batch
+from backsketch.theory.advice import learning_rate_factor as learning_rate_factor
 from backsketch.theory.break_even import break_even_keep as break_even_keep
 from backsketch.theory.break_even import gain_over_smaller_batch as gain_over_smaller_batch
 from backsketch.theory.break_even import kappa as kappa

@@ -1,0 +1,193 @@
+r"""What one recorded training call shows: SGD's variance, the noise scale, and the error of the sketches.
+
+**SGD's variance from two halves.** Let a minibatch gradient be :math:`g = \tfrac1n\sum_{i\le n} s_i` with
+independent samples, :math:`E s_i = \bar g`. The cotangents of the first n/2 rows alone give :math:`g_a`,
+those of the others :math:`g_b`, and :math:`g = g_a + g_b`. The two are independent with one distribution, so
+
+.. math:: E\|g_a - g_b\|^2 = 2\,\mathrm{Var}(g_a) = 2\,\frac{n/2}{n^2}\,E\|s - \bar g\|^2
+          = \frac{1}{n} E\|s - \bar g\|^2 = \mathrm{Var}(g) = \sigma^2, \qquad
+          4\,E\langle g_a, g_b\rangle = \|\bar g\|^2 .
+
+Both are free of bias at this very batch size, from one batch, and their ratio is the noise scale. With an odd
+n the first is too large by :math:`\|\bar g\|^2/n^2`, and the factor 4 is :math:`n^2/(n_a n_b)`. Rows are the
+leading dimension of the outputs; in a batch whose order is no accident the halves are not alike.
+
+**The extra variance.** A pass with the sketches active, on the same numbers and cotangents, gives
+:math:`\|\hat g - g\|^2`, one draw of its numerator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backsketch.nn.registry import adapter_of
+from backsketch.planning.replay import Recorder, Replay, exactly, replaying
+from backsketch.planning.sites import Site, Spread, Watch, weight_layers
+from backsketch.regions import RegionModule, state_of
+
+__all__ = ["Measured", "Unmeasurable", "Work", "measure"]
+
+
+class Unmeasurable(Exception):
+    """Why a call shows nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of a layer's forward pass, and how many products of that size its backward pass has."""
+
+    size: float
+    products: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over what was replayed; ratios of them are free of the scale of the loss.
+
+    ``sgd`` and ``square`` are unbiased for the variance and the squared mean of a micro-batch gradient,
+    ``error`` is ``‖ĝ − g‖²`` with all sites active, ``alone`` with one.
+    """
+
+    sgd: float
+    square: float
+    error: float
+    alone: dict[int, float]
+    spreads: dict[int, Spread]
+    work: dict[str, Work]
+
+
+def measure(
+    model: nn.Module,
+    recorder: Recorder,
+    sites: Sequence[Site],
+    keeps: Sequence[float],
+    alone: Mapping[int, float],
+    ladder: Sequence[float],
+    name: int,
+    with_work: bool,
+) -> Measured:
+    """Replay a recorded call: exactly in two halves, with all sites active, and with single ones.
+
+    Args:
+        model: the user's own module. The sites are at other keeps afterwards: put them back.
+        recorder: closed, with a call.
+        sites: all of them.
+        keeps: of all sites together.
+        alone: sites to measure one by one, and the keep for that.
+        ladder: keeps for the spreads.
+        name: of the draws.
+        with_work: also count the arithmetic of the layers.
+
+    Raises:
+        Unmeasurable: there is no such call, or no two halves of it.
+    """
+    call = recorder.call
+    if call is None:
+        raise Unmeasurable(
+            "no training call of the model was seen: give the controller the object that you call, the result of "
+            "torch.compile included, and call step() once per optimizer step"
+        )
+    if not call.cotangents:
+        raise Unmeasurable("no gradient has reached the outputs of the model")
+    if not call.is_intact:
+        raise Unmeasurable("the arguments of the model were overwritten since the forward pass")
+    modules = [site.module for site in sites]
+    with replaying(model, call, name) as replay:
+        with exactly(modules):
+            outputs, cotangents, work = _forward(model, replay, with_work)
+            parts, factor = _halves(cotangents)
+            first = replay.vjp(outputs, parts[0], retain=True)
+            second = replay.vjp(outputs, parts[1])
+        sgd = _distance(first, second)
+        exact = [a.add_(b) for a, b in zip(first, second)]
+        del first, second, outputs
+        square = factor * (_distance(exact, None) - sgd) / 4
+        for site, keep in zip(sites, keeps):
+            site.set_keep(keep)
+        if any(isinstance(m, RegionModule) and state_of(m).status == "pending" for m in modules):
+            replay.vjp(*replay.forward())  # regions prove themselves
+        spreads, sketched = _watched(replay, sites, ladder)
+        error = _distance(sketched, exact)
+        del sketched
+        single = {}
+        for i, keep in alone.items():
+            sites[i].set_keep(keep)
+            with exactly(modules[:i] + modules[i + 1 :]):
+                single[i] = _distance(replay.vjp(*replay.forward(2 + i)), exact)
+    return Measured(sgd, square, error, single, spreads, work)
+
+
+def _halves(cotangents: Sequence[Tensor]) -> tuple[tuple[list[Tensor], list[Tensor]], float]:
+    sizes = {g.shape[0] if g.ndim else 0 for g in cotangents}
+    if len(sizes) != 1 or (n := sizes.pop()) == 0:
+        raise Unmeasurable(
+            "the outputs that get a gradient do not share a leading dimension of samples, so that SGD's own "
+            "variance cannot be measured: let the model return the outputs, not the loss"
+        )
+    if n < 2:
+        raise Unmeasurable("a batch of one sample has no halves")
+    half = n // 2
+    first, second = [g.clone() for g in cotangents], [g.clone() for g in cotangents]
+    for a, b in zip(first, second):
+        a[half:] = 0
+        b[:half] = 0
+    return (first, second), n * n / (half * (n - half))
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor] | None) -> float:
+    """``‖a − b‖²``, or ``‖a‖²``."""
+    differences = a if b is None else [x - y for x, y in zip(a, b)]
+    norms = [torch.linalg.vector_norm(d, dtype=torch.float64) for d in differences]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
+
+
+def _watched(
+    replay: Replay, sites: Sequence[Site], ladder: Sequence[float]
+) -> tuple[dict[int, Spread], list[Tensor]]:
+    """A pass with all sites active, and the spread of what each received."""
+    watches = [Watch(site) for site in sites]
+    try:
+        gradients = replay.vjp(*replay.forward(1))
+    finally:
+        for watch in watches:
+            watch.close()
+    found = {i: watch.spread(ladder) for i, watch in enumerate(watches)}
+    return {i: s for i, s in found.items() if s is not None}, gradients
+
+
+def _forward(
+    model: nn.Module, replay: Replay, with_work: bool
+) -> tuple[list[Tensor], list[Tensor], dict[str, Work]]:
+    work: dict[str, Work] = {}
+    handles = []
+    if with_work:
+        layers = weight_layers(model)
+        handles = [m.register_forward_hook(_counter(work, name)) for name, m in layers.items()]
+    try:
+        outputs, cotangents = replay.forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, cotangents, work
+
+
+def _counter(work: dict[str, Work], name: str):  # type: ignore[no-untyped-def]
+    def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        adapter = adapter_of(module)
+        if adapter is None or not isinstance(out, Tensor) or not out.requires_grad:
+            return
+        weights = [w for _, w in adapter.weights(module)]
+        size = sum(math.prod(w.shape) * out.numel() / w.shape[0] for w in weights)
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        products = int(bool(inputs and inputs[0].requires_grad))
+        products += int(any(w.requires_grad for w in weights))
+        before = work.get(name, Work(0.0, products))
+        work[name] = Work(before.size + size, products)
+
+    return after

@@ -1,0 +1,178 @@
+"""One training call of a module, recorded as it happens and run again: no loss function is needed.
+
+A gradient is ``J^T g`` with the cotangents g of the module's outputs. A recorder keeps references to the
+arguments, the random state and g of one call; :class:`Replay` runs the forward pass again on the same
+numbers and applies its own VJP to g, or to a part of it. ``.grad``, hooks on parameters (data parallel ones
+included), buffers, modes and random streams stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from backsketch.nn.swap import _EXACT
+from backsketch.planning.hooks import Hook
+from backsketch.sampling import keyed
+from backsketch.untouched import untouched
+
+__all__ = ["Recorder", "Replay", "exactly", "replaying"]
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call's arguments and random state, and the cotangents that have arrived since."""
+
+    args: Any = ((), {})
+    versions: tuple[int, ...] = ()
+    states: tuple[Tensor, ...] = ()
+    autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.float32, False)
+    cotangents: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether cotangents came and no argument was overwritten since."""
+        return bool(self.cotangents) and self.versions == _versions(self.args)
+
+    def arrived(self, index: int, cotangent: Tensor) -> None:
+        before = self.cotangents.get(index)
+        g = cotangent.detach()
+        self.cotangents[index] = g if before is None else before + g
+
+
+class Recorder:
+    """Hooks on a module for one optimizer step; :meth:`close` removes them.
+
+    ``call`` is the first call that got cotangents (the last one without), ``count`` how many got some: the
+    micro-batches of an optimizer step.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.call: _Call | None = None
+        self.count = 0
+        self.compiled = False
+        self._handles = [
+            module.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
+            module.register_forward_hook(Hook(self._after)),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks; what was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._counts(module) or (self.call is not None and self.call.cotangents):
+            return
+        device = _device(module)
+        states = [torch.get_rng_state()]
+        if device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        kind = device.type
+        autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self.call = _Call((args, kwargs), _versions((args, kwargs)), tuple(states), autocast)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._counts(module):
+            return
+        call = self.call
+        if call is None or call.cotangents:
+            call = _Call()  # only its cotangents are counted
+        for i, t in enumerate(_differentiable(output)):
+            t.register_hook(partial(self._arrived, call, i))
+
+    def _arrived(self, call: _Call, index: int, cotangent: Tensor) -> None:
+        self.count += not call.cotangents
+        if call is self.call:
+            call.arrived(index, cotangent)
+        else:
+            call.cotangents[index] = cotangent.new_empty(0)
+
+    @staticmethod
+    def _counts(module: nn.Module) -> bool:
+        return module.training and torch.is_grad_enabled()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _differentiable(tree: Any) -> list[Tensor]:
+    return [t for t in _tensors(tree) if t.requires_grad]
+
+
+def _versions(args: Any) -> tuple[int, ...]:
+    return tuple(t._version for t in _tensors(args))
+
+
+# --- running it again -------------------------------------------------------------------------------
+
+
+@dataclass
+class Replay:
+    """Runs a recorded call; made by :func:`replaying`."""
+
+    model: nn.Module
+    call: _Call
+    parameters: Sequence[nn.Parameter]
+    restart: Callable[[int], None]
+
+    def forward(self, number: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs that got cotangents, and these; ``number`` names the sketches' draws."""
+        torch.set_rng_state(self.call.states[0])
+        for state in self.call.states[1:]:
+            torch.cuda.set_rng_state(state, _device(self.model))
+        self.restart(number)
+        args, kwargs = pytree.tree_map_only(Tensor, _fresh, self.call.args)
+        kind, dtype, on = self.call.autocast
+        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=on):
+            outputs = _differentiable(self.model(*args, **kwargs))
+        got = [i for i in sorted(self.call.cotangents) if i < len(outputs)]
+        return [outputs[i] for i in got], [self.call.cotangents[i] for i in got]
+
+    def vjp(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain: bool = False
+    ) -> list[Tensor]:
+        """Gradients of the trainable parameters; zeros where unused."""
+        grads = torch.autograd.grad(
+            outputs, self.parameters, cotangents, retain_graph=retain, allow_unused=True
+        )
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads)]
+
+
+@contextmanager
+def replaying(model: nn.Module, call: _Call, name: int) -> Iterator[Replay]:
+    """A call ready to be run again; ``name`` fixes the draws of the sketches."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with untouched(model, training=True, seed=0), keyed() as keys:
+        yield Replay(model, call, parameters, lambda number: keys.restart(name, number))
+
+
+@contextmanager
+def exactly(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Exact gradients of some sketched modules inside."""
+    before = [m.__dict__.get(_EXACT) for m in modules]
+    try:
+        for module in modules:
+            module.__dict__[_EXACT] = True
+        yield
+    finally:
+        for module, value in zip(modules, before):
+            module.__dict__.pop(_EXACT)
+            if value is not None:
+                module.__dict__[_EXACT] = value
+
+
+def _fresh(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_() if t.requires_grad else t

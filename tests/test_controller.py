@@ -1,0 +1,459 @@
+"""The controller: estimates against Monte Carlo, the target held, refusals, resume, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import backsketch as bs
+from backsketch import sampling
+from backsketch.planning import calibration, controller
+from backsketch.planning.allocate import frontier
+from backsketch.planning.families import FINE_LADDER
+from backsketch.planning.sites import spread
+from backsketch.theory.noise import GradientSums
+from backsketch.theory.variance import minimal_sampling
+
+SIZE = 64
+
+
+def mlp(inputs=64, width=128):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 10),
+    )
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    x = torch.tensor(found.data, dtype=torch.float32) / 8 - 1
+    return x, torch.tensor(found.target)
+
+
+def drawn(data, seed, count=1, size=SIZE):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(len(data[0]), (size,), generator=generator) for _ in range(count)]
+    return [(data[0][r], data[1][r]) for r in rows]
+
+
+def loss_of(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def train(model, data, steps, control=None, *, first=0, lr=0.05, parts=1, momentum=0.0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    for step in range(first, first + steps):
+        for batch in drawn(data, step, parts):
+            (loss_of(model, batch) / parts).backward()
+        if control is not None:
+            control.step()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def monte_carlo(model, batches, draws=3):
+    """Extra variance and noise scale, by none of the means that the controller has."""
+    parameters, sums, error = list(model.parameters()), GradientSums(), 0.0
+    for batch in batches:
+        with bs.exact(model):
+            exact = torch.autograd.grad(loss_of(model, batch), parameters)
+        sums.add(exact)
+        for _ in range(draws):
+            noisy = torch.autograd.grad(loss_of(model, batch), parameters)
+            error += sum(float((a - b).square().sum()) for a, b in zip(noisy, exact)) / draws
+    return error / len(batches) / sums.sgd_variance, sums.noise_scale
+
+
+# --- the parts --------------------------------------------------------------------------------------
+
+
+def test_the_spread_is_the_water_filling_variance_at_every_keep():
+    torch.manual_seed(0)
+    for scores in (torch.rand(50), torch.randn(128).exp() ** 3, torch.ones(20)):
+        padded = torch.cat([scores, torch.zeros(9)])  # rows that a mask dropped
+        found = spread(padded, FINE_LADDER)
+        for keep, error in zip(FINE_LADDER, found.errors):
+            k = sampling.num_kept(len(scores), keep)
+            expected = float(minimal_sampling(scores, k)) if k < len(scores) else 0.0
+            assert error == pytest.approx(expected, rel=1e-6, abs=1e-9 * found.energy)
+    both = spread(torch.stack([torch.arange(1.0, 9.0), torch.ones(8)]), (0.5,))
+    alone = [spread(s, (0.5,)).errors[0] for s in (torch.arange(1.0, 9.0), torch.ones(8))]
+    assert both.errors[0] == pytest.approx(sum(alone))
+    assert both.count == 2
+
+
+def test_the_frontier_is_the_best_that_each_variance_allows():
+    sites = [[(0, 0), (-2.0, 1), (-3.0, 4)], [(0, 0), (-1.0, 0.2), (-3.0, 1.0)], [(0, 0), (1.0, 0)]]
+    everything = [
+        (sum(o[0] for o in chosen), sum(o[1] for o in chosen))
+        for chosen in itertools.product(*sites)
+    ]
+    found = list(frontier(sites))
+    assert len(found) == 5
+    for picked, cost, variance in found:
+        assert (cost, variance) == pytest.approx(
+            tuple(sum(sites[s][i][part] for s, i in enumerate(picked)) for part in range(2))
+        )
+        assert cost <= min(c for c, v in everything if v <= variance + 1e-12)
+    assert all(v <= 1.5 for _, _, v in frontier(sites, 1.5))
+
+
+def measured(data, seed):
+    """What one calibration of a fresh model finds."""
+    model = mlp()
+    bs.sketch_(model, {"0": bs.Rows(keep=0.5)})
+    control = bs.Controller(model)
+    loss_of(model, drawn(data, seed)[0]).backward()
+    recorder = control._recorder
+    recorder.close()
+    return calibration.measure(
+        model, recorder, control._sites, (0.5,), {}, FINE_LADDER, seed, False
+    )
+
+
+def check_halves(data):
+    found = [measured(data, seed) for seed in range(30)]
+    sums = GradientSums()
+    model = mlp()
+    for batch in drawn(data, 999, 30):
+        sums.add(torch.autograd.grad(loss_of(model, batch), list(model.parameters())))
+    sgd = math.fsum(m.sgd for m in found) / len(found)
+    square = math.fsum(m.square for m in found) / len(found)
+    assert sgd == pytest.approx(sums.sgd_variance, rel=0.25)
+    assert sgd / square == pytest.approx(sums.noise_scale, rel=0.35)
+
+
+def test_two_halves_of_a_batch_show_the_variance_over_batches(digits):
+    check_halves(digits)
+
+
+def test_halves_that_are_off_by_a_factor_of_two_are_noticed(digits, monkeypatch):
+    distance = calibration._distance
+    monkeypatch.setattr(calibration, "_distance", lambda a, b: (2 - (b is None)) * distance(a, b))
+    with pytest.raises(AssertionError):
+        check_halves(digits)
+
+
+# --- the target is held -----------------------------------------------------------------------------
+
+
+def check_estimate(data, rules):
+    """At weights that stay, the estimate is what a Monte Carlo finds."""
+    model = mlp()
+    bs.sketch_(model, rules)
+    train(model, data, 100)
+    control = bs.Controller(model, 0.1, interval=4)
+    train(model, data, 120, control, first=100, lr=0.0)
+    omega, beta = monte_carlo(model, drawn(data, 10_000, 60))
+    assert control.extra_variance == pytest.approx(omega, rel=0.35)
+    assert control.noise_scale == pytest.approx(beta, rel=0.5)
+    assert 0.05 <= omega <= 0.15
+    return control
+
+
+def check_held(data, rules, target=0.1):
+    """Through a training the extra variance stays near its target."""
+    model = mlp()
+    bs.sketch_(model, rules)
+    found, at = [], (60, 120, 180, 240)
+    with bs.Controller(model, target, interval=30) as control:
+        for first, last in itertools.pairwise((0, *at)):
+            train(model, data, last - first, control, first=first)
+            omega, _ = monte_carlo(model, drawn(data, 10_000 + last, 24), 2)
+            found.append((control.extra_variance, omega, *control.keeps.values()))
+    assert sum(0.4 * target <= omega <= 1.5 * target for _, omega, *_ in found) >= 3, found
+    assert len(control.log) >= 2
+    return control
+
+
+def test_a_region_is_held_at_its_target(digits):
+    control = check_held(digits, bs.Region(keep=0.5))
+    assert control.keeps[""] in FINE_LADDER
+    assert 0.85 < control.effective_batch < 0.97
+    assert "your effective batch is now 0.9" in control.advice
+    assert "target 0.1" in str(control)
+
+
+def test_layers_and_masks_are_held_together_at_their_target(digits):
+    rules = {"": bs.Mask(keep=0.7), "0": bs.Split(grad_weight=bs.Rows(keep=0.5)), "2": bs.Rows(0.5)}
+    control = check_held(digits, rules)
+    assert set(control.keeps) == {"", "0", "2"}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [bs.Region(keep=0.5), {"": bs.Mask(keep=0.7), "0": bs.Rows(keep=0.5), "2": bs.Columns(0.8)}],
+    ids=["region", "mask and layers"],
+)
+def test_the_estimate_is_what_a_monte_carlo_finds(digits, rules):
+    check_estimate(digits, rules)
+
+
+def test_a_variance_of_sgd_that_is_off_by_a_factor_of_two_is_noticed(digits, monkeypatch):
+    measure = controller.measure
+
+    def wrong(*arguments):
+        found = measure(*arguments)
+        return dataclasses.replace(found, sgd=2 * found.sgd)
+
+    monkeypatch.setattr(controller, "measure", wrong)
+    with pytest.raises(AssertionError):
+        check_estimate(digits, bs.Region(keep=0.5))
+
+
+def test_without_a_target_the_time_to_a_loss_is_the_least(digits):
+    model = mlp()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    control = bs.Controller(model, None, interval=20)
+    train(model, digits, 100, control)
+    (keep,) = control.keeps.values()
+    estimate, beta = control._estimate, control.noise_scale
+    rho = {
+        k: bs.theory.time_to_target_ratio(
+            bs.theory.region_step_cost(k), 1 + estimate.total((k,)), beta
+        )
+        for k in estimate.ladder
+    }
+    assert rho[keep] < min(rho.values()) + 0.06  # the first layer has no input gradient; hysteresis
+
+
+def test_accumulated_micro_batches_share_one_gradient(digits):
+    found = {}
+    for parts in (1, 4):
+        model = mlp()
+        bs.sketch_(model, bs.Region(keep=0.5))
+        control = bs.Controller(model, 0.1, interval=2)
+        train(model, digits, 12, control, parts=parts, lr=0.0)
+        found[parts] = control._estimate.total((0.5,)), control.noise_scale
+    assert found[4][0] == pytest.approx(found[1][0], rel=0.4)
+    assert found[4][1] == pytest.approx(found[1][1] / 4, rel=0.4)
+
+
+# --- phases, resume, what is left alone -------------------------------------------------------------
+
+
+def test_warm_up_and_finish_are_exact(digits):
+    model = mlp()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    control = bs.Controller(model, 0.1, warmup=5, finish=4, total_steps=30, interval=5)
+    seen = []
+    for step in range(30):
+        train(model, digits, 1, control, first=step)
+        seen.append(control.keeps[""])
+    assert set(seen[:4]) == {1.0}
+    assert max(seen[5:25]) < 1
+    assert set(seen[26:]) == {1.0}
+    assert [c.reason for c in control.log if "exact" in c.reason] == [
+        "exact warm-up of 5 steps", "exact finish"
+    ]  # fmt: skip
+    assert control.advice.startswith("the gradients are exact")
+
+
+def test_a_resumed_controller_makes_the_same_decisions(digits):
+    def made():
+        model = mlp()
+        bs.sketch_(model, bs.Region(keep=0.5))
+        return model, bs.Controller(model, 0.1, interval=20)
+
+    bs.seed(0)
+    model, control = made()
+    train(model, digits, 70, control)
+    weights, state = copy.deepcopy(model.state_dict()), json.loads(json.dumps(control.state_dict()))
+    stream = bs.get_rng_state()
+    train(model, digits, 60, control, first=70)
+    again, resumed = made()
+    train(again, digits, 1)  # its region proves itself
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    bs.set_rng_state(stream)
+    train(again, digits, 60, resumed, first=70)
+    assert resumed.log == control.log
+    assert len(control.log) > 1
+    assert resumed.state_dict() == control.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+    with pytest.raises(ValueError, match="made with target"):
+        bs.Controller(again, 0.2).load_state_dict(state)
+
+
+def test_measuring_leaves_no_trace(digits):
+    runs = []
+    for controlled in (False, True):
+        torch.manual_seed(0)
+        bs.seed(0)
+        model = nn.Sequential(mlp(), nn.Dropout(0.2), nn.BatchNorm1d(10))
+        bs.sketch_(model, {"0": bs.Region(keep=0.5)})
+        control = bs.Controller(model, 0.1) if controlled else None
+        torch.manual_seed(1)
+        loss_of(model, drawn(digits, 0)[0]).backward()
+        user_grad = model[0][0].weight.grad.clone()
+        if control is not None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(control, "_decide", lambda: None)
+                control.step()
+                control.close()
+            assert control.extra_variance > 0
+        assert torch.equal(model[0][0].weight.grad, user_grad)
+        assert not any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules()
+        )
+        runs.append([torch.get_rng_state(), bs.get_rng_state(), *model.state_dict().values()])
+    same = [a == b if isinstance(a, dict) else torch.equal(a, b) for a, b in zip(*runs)]
+    assert all(same)
+
+
+def test_an_armed_model_copies_and_pickles_and_is_restored(digits):
+    model = mlp()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    with bs.Controller(model, 0.1) as control:
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            loss_of(twin, drawn(digits, 0)[0]).backward()
+        assert control._recorder.call is None  # a copy's calls are not the model's
+        train(model, digits, 8, control)
+        bs.restore_(model)
+        with pytest.raises(RuntimeError, match="changed or removed"):
+            train(model, digits, 40, control)
+    assert type(model) is nn.Sequential
+    assert "_backsketch" not in model.__dict__
+    with pytest.raises(RuntimeError, match="closed"):
+        control.step()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_layers_use_no_more_plans_than_allowed(digits):
+    torch._dynamo.reset()
+    model = mlp()
+    bs.sketch_(model, bs.Rows(keep=0.5))
+    compiled = torch.compile(model, backend="eager")
+    control = bs.Controller(compiled, 0.1, max_plans=3, interval=10)
+    torch._dynamo.utils.counters.clear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    for step in range(60):
+        loss_of(compiled, drawn(digits, step)[0]).backward()
+        control.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert control.noise_scale is not None
+    assert len({tuple(c.after.values()) for c in control.log}) <= 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_the_keep_of_a_region_recompiles_nothing(digits):
+    model = mlp()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    control = bs.Controller(model, 0.1, interval=20)
+    train(model, digits, 4, control)
+    torch._dynamo.utils.counters.clear()
+    train(model, digits, 60, control, first=4, momentum=0.9)
+    assert len({c.after[""] for c in control.log}) > 2
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+# --- refusals and errors ----------------------------------------------------------------------------
+
+
+def test_where_sketches_cannot_pay_everything_is_exact_and_the_log_says_why(digits):
+    x, y = digits
+
+    def reason(model, batches, target=0.05, size=2.0):
+        bs.sketch_(model, bs.Region(keep=0.5))
+        control = bs.Controller(model, target, interval=3)
+        for batch in batches:
+            loss = loss_of(model, batch) if isinstance(batch, tuple) else model(batch).sum() * size
+            loss.backward()
+            control.step()
+        assert set(control.keeps.values()) == {1.0}
+        assert control.effective_batch == 1
+        return control.log[-1].reason
+
+    assert "multiply-adds" in reason(mlp(64, 8), drawn(digits, 0, 4))
+    same = [(x[:1].expand(SIZE, -1), y[:1].expand(SIZE))] * 4
+    assert "SGD's own variance is zero" in reason(mlp(), same)
+    alike = [torch.randn(SIZE, 64) * 1e-4 + 1 for _ in range(4)]
+    assert "noise scale" in reason(mlp(), alike)
+    even = [torch.randn(SIZE, 64) for _ in range(6)]  # every row's cotangent is ones
+    assert "rows matter alike" in reason(nn.Sequential(nn.Linear(64, 512)), even, target=0.02)
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x):
+            return self.body(x).square().mean()
+
+    model = WithLoss()
+    bs.sketch_(model, {"body": bs.Region(keep=0.5)})
+    control = bs.Controller(model)
+    for batch in drawn(digits, 0, 5):
+        model(batch[0]).backward()
+        control.step()
+    assert control.keeps == {"body": 1.0}
+    assert "leading dimension" in control.log[-1].reason
+
+
+def test_a_model_that_is_never_called_is_told_so(digits):
+    model = mlp()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    control = bs.Controller(model)
+    for _ in range(8):
+        control.step()
+    assert "no training call of the model was seen" in control.log[-1].reason
+
+
+def test_bad_input_is_named_and_changes_nothing():
+    model = mlp()
+    with pytest.raises(ValueError, match="sketch_"):
+        bs.Controller(model)
+    bs.sketch_(model, bs.Quantized(bits=4))
+    with pytest.raises(ValueError, match="keep to move"):
+        bs.Controller(model)
+    bs.sketch_(model, bs.Region(keep=0.33))
+    wrong = [
+        ({"target_extra_variance": -1}, "positive"),
+        ({"target_extra_variance": math.nan}, "positive"),
+        ({"warmup": -1}, "warmup"),
+        ({"finish": 3}, "total_steps"),
+        ({"warmup": 3, "finish": 3, "total_steps": 5}, "at least warmup"),
+        ({"overhead": 0}, "overhead"),
+        ({"interval": 0}, "interval"),
+        ({"max_plans": 0.5}, "max_plans"),
+    ]
+    for arguments, words in wrong:
+        with pytest.raises(ValueError, match=words):
+            bs.Controller(model, **arguments)
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        bs.Controller("model")
+    assert model._backsketch == bs.Region(keep=0.33)
+    assert not model._forward_hooks
+    assert 0.33 in bs.Controller(model)._estimate.ladder
+
+
+# --- theory -----------------------------------------------------------------------------------------
+
+
+def test_the_advice_is_the_scaling_rule_of_the_effective_batch():
+    factor = bs.theory.learning_rate_factor
+    assert bs.theory.effective_batch(1.0) == 0.5
+    assert factor(0.25, "sgd") == pytest.approx(0.8)
+    assert factor(0.25, "adam") == pytest.approx(0.8**0.5)
+    assert factor(0.25, "sgd", 1e9) == pytest.approx(0.8)
+    assert factor(0.25, "sgd", 0.0) == 1
+    for wrong in ({"extra_variance": -0.1}, {"optimizer": "lion"}, {"noise_scale": -1.0}):
+        with pytest.raises(ValueError, match="must"):
+            factor(**{"extra_variance": 0.1, **wrong})
