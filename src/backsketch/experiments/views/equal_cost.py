@@ -33,8 +33,12 @@ def _comparison(found: Sequence[Arm]) -> TextTable:
         "backward GFLOP to target", "final accuracy", "saved", "seeds",
     )  # fmt: skip
     clock = "on a quiet machine" if all(arm.quiet for arm in found) else "of the runs themselves"
-    title = f"to {found[0].target:.0%} test accuracy; steps × seconds of a step {clock}"
+    title = f"to {_target(found)} test accuracy; steps × seconds of a step {clock}"
     return TextTable(title, header, [_row(arm, found) for arm in found])
+
+
+def _target(found: Sequence[Arm]) -> str:
+    return f"{100 * found[0].target:g} %"
 
 
 def _row(arm: Arm, found: Sequence[Arm]) -> tuple[str, ...]:
@@ -147,28 +151,35 @@ def _analysis(found: Sequence[Arm]) -> TextTable:
 def _figure(found: Sequence[Arm]) -> Figure:
     figure, panels = new_figure(3, 14, 4.6)
     over_steps, over_seconds, accuracy = panels
-    target = found[0].target
-    for arm, style in _styles([arm for arm in found if not arm.checkpointed]):
+    shown = [arm for arm in found if not arm.checkpointed]
+    for arm, style in _styles(shown):
         steps, losses = _mean_curve(arm)
         _draw(over_steps, steps, losses, arm.name, style)
         _draw(over_seconds, [s * arm.step_seconds for s in steps], losses, arm.name, style)
         looks, values = _mean_accuracy(arm)
-        _draw(accuracy, [s * arm.step_seconds for s in looks], values, arm.name, style)
-    accuracy.axhline(target, color=INK, linewidth=0.8)
-    accuracy.annotate(
-        f"target {target:.0%}", (0.01, target), xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", fontsize="small", color=INK,
-    )  # fmt: skip
-    for axes, x in ((over_steps, "steps"), (over_seconds, "seconds"), (accuracy, "seconds")):
+        percent = [100 * value for value in values]
+        _draw(accuracy, [s * arm.step_seconds for s in looks], percent, arm.name, style)
+    dress(over_steps, "steps", "training loss", "loss against steps")
+    dress(over_seconds, "seconds", "training loss", "loss against seconds")
+    dress(accuracy, "seconds", "test accuracy, %", f"accuracy; line: the target, {_target(found)}")
+    for axes in panels:
         axes.set_xlim(left=0)
-        dress(axes, x, "test accuracy" if axes is accuracy else "training loss")
     for axes in (over_steps, over_seconds):
-        _log_scale(axes)
-    highest = max(max(_mean_accuracy(arm)[1]) for arm in found)
-    accuracy.set_ylim(highest - 2.5 * max(highest - target, 0.3 * (1 - target)), None)
+        _loss_scale(axes, shown)
+    accuracy.axhline(100 * found[0].target, color=INK, linewidth=0.8)
+    accuracy.set_ylim(*_accuracy_range(shown))
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
     return figure
+
+
+def _accuracy_range(shown: Sequence[Arm]) -> tuple[float, float]:
+    """From what exact runs have after a third of their steps to a little above the best."""
+    values = [_mean_accuracy(arm)[1] for arm in shown]
+    exact = [own for arm, own in zip(shown, values) if arm.is_exact]
+    low = min(own[(len(own) - 1) // 3] for own in exact or values)
+    high = max(max(own) for own in values)
+    return 100 * low, 100 * min(high + 0.08 * (high - low), 1.0)
 
 
 def _draw(
@@ -202,10 +213,11 @@ def _styles(found: Sequence[Arm]) -> list[tuple[Arm, dict[str, object]]]:
 
 
 def _mean_curve(arm: Arm) -> tuple[list[float], list[float]]:
-    """Training loss against steps, mean over seeds; the first stretch, where all fall alike, is left out."""
+    """Training loss against steps, mean over seeds and over three neighbouring stretches."""
     curves = [run.result["curve"] for run in arm.runs]
     losses = [statistics.fmean(values) for values in zip(*(c["train_loss"] for c in curves))]
-    return curves[0]["step"][1:], losses[1:]
+    smooth = [statistics.fmean(losses[max(i - 1, 0) : i + 2]) for i in range(len(losses))]
+    return curves[0]["step"], smooth
 
 
 def _mean_accuracy(arm: Arm) -> tuple[list[float], list[float]]:
@@ -214,10 +226,15 @@ def _mean_accuracy(arm: Arm) -> tuple[list[float], list[float]]:
     return looks[0]["step"], values
 
 
-def _log_scale(axes: Axes) -> None:
+def _loss_scale(axes: Axes, shown: Sequence[Arm]) -> None:
+    """Logarithmic, with room for what exact runs do; what diverges leaves the picture."""
+    exact = [_mean_curve(arm)[1] for arm in shown if arm.is_exact]
+    curves = exact or [_mean_curve(arm)[1] for arm in shown]
+    low, high = min(map(min, curves)) / 1.15, max(own[0] for own in curves) * 1.1
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    steps = [m * 10**e for e in range(-4, 2) for m in (1, 2, 3, 5)]
+    marks = (1, 2, 3, 5) if high / low > 8 else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.3, 3, 4, 5, 7)
+    steps = [m * 10**e for e in range(-4, 2) for m in marks]
     ticks = [tick for tick in steps if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    axes.set_ylim(low, high)
