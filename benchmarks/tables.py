@@ -3,7 +3,8 @@
     python benchmarks/tables.py          # rewrite
     python benchmarks/tables.py --check  # exit 1 where a table differs from the results
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, a number in a sentence between
+``<!-- value: TABLE | ROW | COLUMN -->`` and ``<!-- end -->``: the cell of that table, without its stars.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import argparse
 import json
 import math
 import re
+from functools import lru_cache, partial
 from pathlib import Path
 
 from backsketch.experiments.store import Sweep
-from backsketch.experiments.views import VIEWS
+from backsketch.experiments.views import VIEWS, Page, arms, equal_cost
 from backsketch.experiments.views import trade_off as cost
 
 ROOT = Path(__file__).resolve().parent.parent
+VALUE = re.compile(r"(<!-- value: (.+?) -->)(?:[^<]*?)(<!-- end -->)")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?)(<!-- end -->)", re.S)
 
 
+@lru_cache
 def _load(name: str) -> dict:
     return json.loads((ROOT / "results" / f"{name}.json").read_text())
 
@@ -100,9 +104,14 @@ def _sweep(name: str) -> Sweep:
     return Sweep.load(ROOT / "results" / name)
 
 
-def _page_table(name: str) -> str:
+@lru_cache
+def _page(name: str) -> Page:
     sweep = _sweep(name)
-    (table,) = VIEWS[sweep.report](sweep).tables
+    return VIEWS[sweep.report](sweep)
+
+
+def _page_table(name: str, number: int = 0) -> str:
+    table = _page(name).tables[number]
     return _markdown(list(table.header), [list(row) for row in table.rows])
 
 
@@ -136,6 +145,54 @@ def _cost(value: float | None) -> str:
     return f"**{value:.2f}**" if value < 0.995 else f"{value:.2f}"
 
 
+EQUAL_COST = {
+    "equal_cost_mlp": "MLP, MNIST",
+    "equal_cost_vit": "ViT, CIFAR-10",
+    "equal_cost_bagnet": "BagNet, CIFAR-10",
+}
+PAPER = ("paper_mlp", "paper_vit", "paper_bagnet")
+
+
+def headline() -> str:
+    """The best exact and the best sketched arm of every task, and the aim."""
+    rows = []
+    for name, task in EQUAL_COST.items():
+        sweep = _sweep(name)
+        found = arms.arms(sweep)
+        model = found[0].model
+        exact = arms.best_exact(found, model)
+        sketched = [a for a in found if not a.is_exact and a.model == model and a.seconds]
+        best = min(sketched, key=lambda arm: arms.relative_time(arm, exact)[0])
+        told = {row[0]: row for row in _page(name).tables[0].rows}
+        seconds, ratio, accuracy = (_page(name).tables[0].header.index(h) for h in _HEADLINE)
+        rows.append(
+            [
+                f"{task}: {100 * best.target:g} %", exact.name, told[exact.name][seconds],
+                best.name, told[best.name][seconds], f"**{told[best.name][ratio]}**",
+                f"{sweep.settings['aim']:g}", told[exact.name][accuracy], told[best.name][accuracy],
+            ]
+        )  # fmt: skip
+    header = [
+        "target", "best exact arm", "time", "best sketched arm", "time", "over exact", "aim",
+        "final accuracy, exact", "sketched",
+    ]  # fmt: skip
+    return _markdown(header, rows)
+
+
+def early() -> str:
+    """Extra variance after each epoch of the MLP, mean over seeds, and the share of noise."""
+    found = arms.arms(_sweep("equal_cost_mlp"))
+    epochs = max(arm.first.result["epochs"] for arm in found)
+    rows = []
+    for arm in found:
+        if not arm.is_exact and arm.first.result["epochs"] == epochs:
+            omegas = equal_cost.by_epoch(arm, "extra_variance")
+            rows.append([arm.name, *(f"{omegas[epoch]:.3f}" for epoch in sorted(omegas))])
+    return _markdown(["ω", *(f"epoch {epoch + 1}" for epoch in range(epochs))], rows)
+
+
+_HEADLINE = ("time to target", "over best exact", "final accuracy")
+
 TABLES = {
     "host_time": host_time,
     "real_variance": real_variance,
@@ -145,12 +202,32 @@ TABLES = {
     "depth": lambda: _page_table("depth"),
     "ledgers": lambda: _page_table("ledgers"),
     "trade_off": trade_off,
+    "headline": headline,
+    "early": early,
+    **{name: partial(_page_table, name) for name in (*EQUAL_COST, *PAPER)},
+    **{f"{name}-terms": partial(_page_table, name, 1) for name in EQUAL_COST},
 }
 
 
+def value(where: str) -> str:
+    """A cell of a table: ``TABLE | ROW | COLUMN``; the row goes by its first cell.
+
+    Raises:
+        ValueError: there is no such row or column.
+    """
+    table, row, column = (part.strip() for part in where.split("|"))
+    lines = [line.strip("| ").split(" | ") for line in TABLES[table]().splitlines()]
+    header, body = lines[0], lines[2:]
+    found = [cells for cells in body if cells[0] == row]
+    if not found or column not in header:
+        raise ValueError(f"no cell {where!r}: rows {[c[0] for c in body]}, columns {header}")
+    return found[0][header.index(column)].strip("*")
+
+
 def filled(text: str) -> str:
-    """The text with every marked table written anew."""
-    return BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+    """The text with every marked table and number written anew."""
+    text = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+    return VALUE.sub(lambda m: m[1] + value(m[2]) + m[3], text)
 
 
 def pages() -> list[Path]:

@@ -31,6 +31,16 @@ def test_the_tables_are_those_of_the_results(tmp_path):
     assert tables.filled(page.replace(line, line + " 0.5 |")) == page
 
 
+def test_a_number_in_a_sentence_is_a_cell_of_a_table():
+    tables = load_tables()
+    where = "depth | grad_weight only | network"
+    assert tables.value(where) == "plain"
+    sentence = f"It is <!-- value: {where} -->plain<!-- end -->, as said."
+    assert tables.filled(sentence.replace("plain", "other")) == sentence
+    with pytest.raises(ValueError, match="no cell"):
+        tables.value("depth | grad_weight only | nothing")
+
+
 @pytest.mark.parametrize(
     "name", [m.name for m in pkgutil.walk_packages(backsketch.__path__, "backsketch.")]
 )

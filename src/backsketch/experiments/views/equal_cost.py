@@ -13,7 +13,7 @@ from backsketch.experiments.store import Sweep
 from backsketch.experiments.views.arms import Arm, arms, best_exact, mean_error, relative_time
 from backsketch.experiments.views.page import COLOURS, Page, TextTable, dress, new_figure
 
-__all__ = ["Terms", "page", "terms"]
+__all__ = ["Terms", "by_epoch", "page", "terms"]
 
 INK = "#2b2d34"
 GREYS = ("#8a939b", "#b3bac0", "#ccd2d6", "#dde1e4")
@@ -86,7 +86,7 @@ class Terms:
     """
 
     def __init__(self, arm: Arm, exact: Arm) -> None:
-        omega, noise = _by_epoch(arm, "extra_variance"), _by_epoch(exact, "noise_scale")
+        omega, noise = by_epoch(arm, "extra_variance"), by_epoch(exact, "noise_scale")
         shares = {epoch: 1.0 if math.isinf(b) else b / (1 + b) for epoch, b in noise.items()}
         last = max(shares)
         self.cost = arm.step_seconds / exact.step_seconds
@@ -121,7 +121,7 @@ def terms(arm: Arm, found: Sequence[Arm]) -> Terms | None:
     return None
 
 
-def _by_epoch(arm: Arm, key: str) -> dict[int, float]:
+def by_epoch(arm: Arm, key: str) -> dict[int, float]:
     """Mean over seeds by epoch; what was not finite counts as infinite."""
     found: dict[int, list[float]] = {}
     for run in arm.runs:
