@@ -65,3 +65,32 @@ def test_importing_the_library_does_not_import_the_compiler():
 
     code = "import sys, backsketch; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_fresh_clone_makes_the_committed_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    import numpy as np
+    from PIL import Image
+    from rich.console import Console
+
+    from backsketch.experiments.report import report
+
+    for source in (ROOT / "results").glob("*/sweep.json"):
+        copy = tmp_path / source.parent.name / source.name
+        copy.parent.mkdir()
+        copy.write_bytes(source.read_bytes())
+    made = [path for path in report([tmp_path], None, Console(quiet=True)) if path.suffix == ".png"]
+    committed = sorted((ROOT / "results").glob("*/*.png"))
+    assert sorted(p.relative_to(tmp_path) for p in made) == [
+        p.relative_to(ROOT / "results") for p in committed
+    ]
+    for path in committed:
+        assert path.stat().st_size < 300_000, path
+        ours, theirs = (
+            np.asarray(Image.open(p).convert("L"), dtype=float)
+            for p in (path, tmp_path / path.relative_to(ROOT / "results"))
+        )
+        assert ours.shape == theirs.shape, path
+        assert abs(ours - theirs).mean() < 1, (
+            path
+        )  # of 255; other versions draw letters differently
