@@ -221,6 +221,7 @@ def test_a_profile_is_printed_with_its_plan_and_saved(tmp_path):
     assert "the plan for time:" in done.output
     assert "time to a target" in done.output
     assert [slot["name"] for slot in json.loads(out.read_text())["slots"]] == [""]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_wrong_objective_is_named():

@@ -370,6 +370,16 @@ def test_refusals_say_what_is_better():
         made().plan(max_extra_variance=-1)
 
 
+def test_the_figure_marks_what_the_plan_chose(profile):
+    chosen = ideal(profile).plan("variance", max_time=0.8)
+    axes = ideal(profile).plot(chosen).axes
+    rings = [line for a in axes for line in a.lines if line.get_label() == "in the plan"]
+    assert len(rings) == len([name for name in chosen.texts if name])
+    assert not any(
+        line.get_label() == "in the plan" for a in profile.plot().axes for line in a.lines
+    )
+
+
 def test_the_exact_plan_applies_and_leaves_the_model_exact(vit, profile):
     report = bs.sketch_(vit, Profile.plan(made_of(ideal(profile))))
     assert not any("Sketched" in type(m).__name__ for m in vit.modules())

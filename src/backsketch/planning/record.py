@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from backsketch.planning.plan import Plan
 
 __all__ = ["MaskOption", "Option", "Profile", "SlotProfile"]
@@ -138,6 +140,19 @@ class Profile:
         from backsketch.planning.plan import plan_of
 
         return plan_of(self, rules)
+
+    def plot(self, plan: Plan | None = None) -> Figure:
+        """A matplotlib figure: time against extra variance, a line over the keeps for each place.
+
+        Args:
+            plan: its choices are marked.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing; it is in the extra ``backsketch[train]``.
+        """
+        from backsketch.planning.profile_plot import plot_profile
+
+        return plot_profile(self, plan)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

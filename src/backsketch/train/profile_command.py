@@ -35,7 +35,9 @@ def profile_command(
     max_time: Annotated[float | None, typer.Option(help="of an exact step")] = None,
     seed: int = 0,
     device: str = "cpu",
-    out: Annotated[Path | None, typer.Option(help="write the profile as JSON")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write the profile as JSON, and a figure beside it")
+    ] = None,
 ) -> None:
     """Measure what sketches would cost and save, and print the best plan, or why there is none."""
     console = Console(stderr=True)
@@ -56,6 +58,8 @@ def profile_command(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         found.save(out)
+        found.plot(plan).savefig(out.with_suffix(".png"), dpi=150)
+        console.print(f"written: {out} and {out.with_suffix('.png').name}", highlight=False)
 
 
 def _loss(model: nn.Module, batch: Pair) -> Tensor:
