@@ -193,7 +193,45 @@ def early() -> str:
 
 _HEADLINE = ("time to target", "over best exact", "final accuracy")
 
+
+def planner() -> str:
+    header = ["plan, predicted / measured", "time", "extra variance", "saved, MiB", "c·v, measured"]
+    rows = []
+    for epoch, checkpoint in _load("planner")["checkpoints"].items():
+        rows.append([f"**after {epoch} of 16 epochs**", "", "", "", ""])
+        for row in checkpoint["rows"]:
+            pair = [row[side] for side in ("predicted", "measured") if row[side]]
+            cells = [
+                " / ".join(format(side[key] * scale, digits) for side in pair)
+                for key, scale, digits in (
+                    ("time_ratio", 1, ".2f"),
+                    ("extra_variance", 1, ".3f"),
+                    ("saved_bytes", 2**-20, ".1f"),
+                )
+            ]
+            rows.append([row["plan"], *cells, f"{row['measured']['cv']:.2f}"])
+        best = checkpoint["ideal"]
+        ideal = [
+            f"{best['time_ratio']:.2f}",
+            f"{best['extra_variance']:.3f}",
+            "",
+            f"{best['cv']:.2f}",
+        ]
+        rows.append(["the best plan if time fell as arithmetic (not measured)", *ideal])
+    return _markdown(header, rows)
+
+
+def planner_cost() -> str:
+    checkpoints = _load("planner")["checkpoints"].values()
+    rows = [
+        [kind, f"{c['profile_steps']:.0f}"] for kind, c in zip(("first", "second"), checkpoints)
+    ]
+    return _markdown(["profile of a process", "cost in exact steps"], rows)
+
+
 TABLES = {
+    "planner": planner,
+    "planner_cost": planner_cost,
     "host_time": host_time,
     "real_variance": real_variance,
     "layer_time": layer_time,
