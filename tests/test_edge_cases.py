@@ -549,7 +549,7 @@ def test_ranks_draw_different_rows_from_the_same_seed(monkeypatch):
 
 
 def test_ranks_that_share_their_noise_are_noticed(monkeypatch):
-    monkeypatch.setattr(sampling, "_rank", lambda: 0)
+    monkeypatch.setattr(sampling.stream, "_rank", lambda: 0)
     with pytest.raises(AssertionError):
         check_ranks(monkeypatch)
 
