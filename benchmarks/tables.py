@@ -244,6 +244,7 @@ TABLES = {
     "early": early,
     **{name: partial(_page_table, name) for name in (*EQUAL_COST, *PAPER)},
     **{f"{name}-terms": partial(_page_table, name, 1) for name in EQUAL_COST},
+    **{f"{name}-steps": partial(_page_table, name, 2) for name in EQUAL_COST},
 }
 
 

@@ -163,6 +163,7 @@ def test_step_times_are_of_whole_steps_and_checkpointing_saves_bytes():
     for arm in found.values():
         low, high = arm["quartiles"]
         assert 0 < low <= arm["seconds"] <= high
+        assert sum(arm[part] for part in step_time.PARTS) == pytest.approx(arm["seconds"], rel=0.5)
     assert found["checkpoint"]["saved_bytes"] < 0.5 * found["exact"]["saved_bytes"]
 
 
@@ -255,7 +256,8 @@ def test_quiet_step_times_win_and_checkpointing_makes_the_exact_steps():
 
 def test_the_page_says_who_arrived():
     page = equal_cost.page(example())
-    comparison, analysis = page.tables
+    comparison, analysis, steps = page.tables
+    assert not steps.rows  # nothing was timed
     cells = {row[0]: dict(zip(comparison.header, row)) for row in comparison.rows}
     assert cells["weak"]["steps to target"] == "1 of 1 missed"
     assert cells["weak"]["over best exact"] == ""

@@ -208,7 +208,7 @@ class Trainer:
         self.model.train()
         clock, losses, stopped = StepClock(self.accelerator.device, self.now), [], False
         for micro_batches in self.batches.train(self.epoch, self.step):
-            losses.append(self.optimizer_step(micro_batches))
+            losses.append(self._optimizer_step(micro_batches))
             clock.tick()
             self.step += 1
             wait_free = self.accelerator.device.type == "cpu" or self.step % SHOW_LOSS_EVERY == 0
@@ -220,7 +220,7 @@ class Trainer:
         self.history.step_seconds += clock.seconds()
         return stopped
 
-    def optimizer_step(self, micro_batches: list[Batch]) -> Tensor:
+    def _optimizer_step(self, micro_batches: list[Batch]) -> Tensor:
         """One update; returns the mean loss of this process's micro-batches."""
         total = torch.zeros((), device=self.accelerator.device)
         last = len(micro_batches) - 1

@@ -6,10 +6,12 @@ import statistics
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from backsketch.experiments.problems.data import dataset
@@ -22,6 +24,7 @@ from backsketch.train.setup import make_accelerator
 __all__ = ["StepTime", "run"]
 
 WARM_UP = 4
+PARTS = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,23 @@ class _Arm:
             self.trainer.model = checkpointed(self.trainer.core, patterns)
         self.trainer.model.train()
         self.now = clock_of(options.clock, config.device)
-        self.seconds: list[float] = []
+        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
         self.count = 0
 
     def step(self) -> None:
-        """One step and its time; loading the batch does not count."""
-        steps = self.trainer.batches.steps_per_epoch
-        micro_batches = next(self.trainer.batches.train(*divmod(self.count, steps)))
-        began = self.now()
-        self.trainer.optimizer_step(micro_batches)
-        self.seconds.append(self.now() - began)
+        """One step and the time of its parts; loading the batch does not count."""
+        trainer = self.trainer
+        (batch,) = next(trainer.batches.train(*divmod(self.count, trainer.batches.steps_per_epoch)))
+        marks = [self.now()]
+        loss = F.cross_entropy(trainer.model(batch.images).float(), batch.labels)
+        marks.append(self.now())
+        trainer.accelerator.backward(loss)
+        marks.append(self.now())
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        marks.append(self.now())
+        for part, (begin, end) in zip(PARTS, pairwise(marks)):
+            self.seconds[part].append(end - begin)
         self.count += 1
 
     def saved_bytes(self) -> int:
@@ -80,11 +90,11 @@ class _Arm:
         return measure.saved_bytes(self.trainer.model, batch, self._loss)
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model(batch.images), batch.labels)
+        return F.cross_entropy(model(batch.images), batch.labels)
 
 
 def run(options: StepTime) -> dict[str, Any]:
-    """By arm: median ``seconds`` of a step with its quartiles, and ``saved_bytes``.
+    """By arm: median ``seconds`` of a step with its quartiles, those of its parts, and ``saved_bytes``.
 
     The arms take turns, in another order each round, so that a slow moment of the machine is shared.
     """
@@ -99,6 +109,7 @@ def run(options: StepTime) -> dict[str, Any]:
 
 
 def _summary(arm: _Arm) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(arm.seconds[WARM_UP:], n=4)
-    saved = arm.saved_bytes()
-    return {"seconds": middle, "quartiles": [low, high], "saved_bytes": saved}
+    parts = {part: seconds[WARM_UP:] for part, seconds in arm.seconds.items()}
+    low, middle, high = statistics.quantiles([sum(step) for step in zip(*parts.values())], n=4)
+    found = {"seconds": middle, "quartiles": [low, high], "saved_bytes": arm.saved_bytes()}
+    return {**found, **{part: statistics.median(seconds) for part, seconds in parts.items()}}

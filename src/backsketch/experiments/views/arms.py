@@ -6,10 +6,11 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backsketch.experiments.config import SweepError
+from backsketch.experiments.problems.step_time import PARTS
 from backsketch.experiments.problems.training import sketch_text
 from backsketch.experiments.store import Sweep
 
@@ -38,6 +39,7 @@ class Arm:
         quiet: which of the two.
         saved_bytes: kept for the backward pass of a step.
         target: accuracy to reach.
+        parts: quiet seconds of forward, backward and optimizer, where they were measured.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Arm:
     quiet: bool
     saved_bytes: float
     target: float
+    parts: Mapping[str, float] = field(default_factory=dict)
     checkpointed: bool = False
 
     @property
@@ -151,8 +154,12 @@ def _arm(name: str, runs: list[Run], target: float, quiet: Mapping[Any, Mapping[
     seconds = statistics.median(run.result["seconds"] / run.result["steps"] for run in own)
     return Arm(
         name, own, lr, entry["seconds"] if entry else seconds, entry is not None,
-        own[0].result["saved_bytes"], target,
+        own[0].result["saved_bytes"], target, _parts(entry or {}),
     )  # fmt: skip
+
+
+def _parts(entry: Mapping[str, Any]) -> dict[str, float]:
+    return {part: entry[part] for part in PARTS if part in entry}
 
 
 def _rank(result: Mapping[str, Any], target: float) -> tuple[float, float]:
@@ -164,7 +171,7 @@ def _rank(result: Mapping[str, Any], target: float) -> tuple[float, float]:
 def _checkpointed(exact: Arm, name: str, entry: Mapping[str, Any]) -> Arm:
     return replace(
         exact, name=name, step_seconds=entry["seconds"], saved_bytes=entry["saved_bytes"],
-        checkpointed=True,
+        parts=_parts(entry), checkpointed=True,
     )  # fmt: skip
 
 

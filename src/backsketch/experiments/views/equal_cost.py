@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from backsketch.experiments.problems.step_time import PARTS
 from backsketch.experiments.store import Sweep
 from backsketch.experiments.views.arms import Arm, arms, best_exact, mean_error, relative_time
 from backsketch.experiments.views.page import COLOURS, Page, TextTable, dress, new_figure
@@ -17,13 +18,13 @@ __all__ = ["Terms", "by_epoch", "page", "terms"]
 
 INK = "#2b2d34"
 GREYS = ("#8a939b", "#b3bac0", "#ccd2d6", "#dde1e4")
-DASHES = ("-", "--", ":", "-.")
+DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def page(sweep: Sweep) -> Page:
-    """Two tables, the comparison and the terms of rho, and a figure of the runs over steps and time."""
+    """The comparison, the terms of rho and the parts of a step, and a figure of the runs over time."""
     found = arms(sweep)
-    tables = [_comparison(found), _analysis(found)]
+    tables = [_comparison(found), _analysis(found), _steps(found)]
     return Page(sweep.name, sweep.about, tables, {sweep.name: _figure(found)})
 
 
@@ -146,6 +147,19 @@ def _analysis(found: Sequence[Arm]) -> TextTable:
             rows.append((arm.name, *("not reached" if n is None else f"{n:.2f}" for n in numbers)))
     title = "the terms of ρ, against exact training at the same batch size, epochs and target"
     return TextTable(title, header, rows)
+
+
+def _steps(found: Sequence[Arm]) -> TextTable:
+    """Where the time of a step goes; arms that make the same steps stand once."""
+    rows, seen = [], set()
+    for arm in found:
+        key = (arm.first.step_key, arm.checkpointed)
+        if arm.parts and key not in seen:
+            seen.add(key)
+            parts = [f"{1e3 * seconds:.1f}" for seconds in arm.parts.values()]
+            rows.append((arm.name, *parts, f"{1e3 * arm.step_seconds:.1f}"))
+    header = ("a step, ms", *PARTS, "all")
+    return TextTable("the parts of a step on a quiet machine, medians", header, rows)
 
 
 def _figure(found: Sequence[Arm]) -> Figure:

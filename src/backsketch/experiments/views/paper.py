@@ -53,8 +53,12 @@ def _cell(results: list[Mapping[str, Any]]) -> str:
     if not results:
         return ""
     omegas = [w for r in results for w in r["extra_variance"].values() if w is not None]
-    omega = f" ({statistics.fmean(omegas):.2g})" if omegas else " (not finite)"
+    omega = f" ({_short(statistics.fmean(omegas))})" if omegas else " (not finite)"
     return _percent([r["accuracy"] for r in results]) + omega
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _percent(accuracies: list[float]) -> str:
