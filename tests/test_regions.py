@@ -512,6 +512,29 @@ def test_outputs_that_share_memory_are_copied_and_unbiased(kind: type[nn.Module]
     bs.testing.check_unbiased(model, torch.randn(12, 4), draws=600)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_keep_their_layout(
+    layout: torch.memory_format, drawn: list[tuple[Tensor, sampling.Sample]]
+) -> None:
+    """Convolutions answer in the layout of their input, cotangents included."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    state = make_region(model, {"": Region(keep=0.5)})[""]
+    x = torch.randn(12, 3, 6, 6).contiguous(memory_format=layout)
+    warm(model, x)
+    assert state is not None
+    assert state.status == "active", state.reason
+    drawn.clear()
+    y = model(x)
+    cotangent = torch.randn_like(y)
+    found = torch.autograd.grad(y, list(model.parameters()), cotangent)
+    ((_, sample),) = drawn
+    with bs.exact(model):
+        kept = cotangent[sample.indices] * sample.weights.view(-1, 1, 1, 1)
+        expected = torch.autograd.grad(model(x[sample.indices]), list(model.parameters()), kept)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_a_known_call_does_not_enter_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = mlp(4, 4), torch.randn(6, 4)
     (state,) = make_region(model, {"": Region(0.5)}).values()

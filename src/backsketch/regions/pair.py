@@ -28,8 +28,8 @@ class Pair:
     """How values pass between the graphs of one :class:`Program`, and the call that runs them.
 
     ``saved`` and ``sizes`` are the ranges of saved tensors and saved integers among the outputs of the
-    forward graph; ``tangents`` the outputs that the backward graph wants cotangents of, each with
-    whether it was traced as contiguous; ``order`` says where each argument of the backward graph comes
+    forward graph; ``tangents`` the outputs that the backward graph wants cotangents of, ``formats`` how these were
+    laid out when they were traced; ``order`` says where each argument of the backward graph comes
     from.
     """
 
@@ -40,6 +40,7 @@ class Pair:
     saved: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
     tangents: tuple[int, ...] = ()
+    formats: tuple[torch.memory_format | None, ...] = ()
     order: list[int] = field(default_factory=list)
     backward: fx.GraphModule | None = None
     backward_inputs: Sequence[Any] = ()
@@ -62,7 +63,8 @@ class Pair:
             )
         self.backward, self.backward_inputs = bw, [p.meta["val"] for p in placeholders]
         self.order = [names.index(p.name) for p in placeholders if p.name in names]
-        if not all(p.meta["val"].is_contiguous() for p in cotangents):
+        self.formats = tuple(_memory_format(p.meta["val"]) for p in cotangents)
+        if None in self.formats:
             self.aliases = True
 
     def check(self, metadata: Any) -> None:
@@ -123,7 +125,8 @@ def _vjp(pair: Pair, state: RegionState | None, sizes: list[int], *tensors: Tens
     saved, cotangents = tensors[: len(pair.saved)], tensors[len(pair.saved) :]
     values = [*saved, *sizes]
     args = [values[i] for i in pair.order]
-    args += [cotangents[i].contiguous() for i in pair.tangents]
+    formats = zip(pair.tangents, pair.formats)
+    args += [cotangents[i].contiguous(memory_format=format) for i, format in formats]
     with _casts_in_the_graph():
         return tuple(pair.program.backward(state, args))
 
@@ -132,6 +135,15 @@ def _casts_in_the_graph() -> Any:
     """Autocast off, where it is on: the captured graph holds the casts."""
     on = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     return torch._C._DisableAutocast() if on else nullcontext()
+
+
+def _memory_format(value: Tensor) -> torch.memory_format | None:
+    """How a cotangent was laid out when it was traced; None where that has no name."""
+    named = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if value.is_contiguous():
+        return torch.contiguous_format
+    other = named.get(value.dim())
+    return other if other is not None and value.is_contiguous(memory_format=other) else None
 
 
 def _outputs(module: fx.GraphModule) -> Sequence[Any]:
