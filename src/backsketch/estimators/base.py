@@ -78,6 +78,15 @@ class Estimator(Sketch):
         """What the forward pass saves of its input for ``grad_weight``: by default the input."""
         return (x,)
 
+    def restored(
+        self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        """An unbiased estimate of the rows of X, if both products are the exact ones with it in place of X.
+
+        They are then computed together (:meth:`Bilinear.vjps`). None where they are estimated apart.
+        """
+        return None
+
     def rounding(self) -> Rounding | None:
         """How this estimator keeps a tensor that the backward pass needs in its full shape, if it can.
 

@@ -72,15 +72,18 @@ class Quantized(Estimator):
         shape = x.new_empty((0, *x.shape[1:])), x.new_empty(x.shape[0], 0)
         return *self.rounding().pack(x, seed), *shape
 
-    def estimate_weight(
-        self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
-    ) -> Tensor:
+    def restored(self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]) -> Tensor:
         if len(stored) == 1:
-            return op.weight_vjp(cotangent, op.rows(stored[0]))
+            return op.rows(stored[0])
         codes, scales, tail, head = stored
         shape = (head.shape[0], *tail.shape[1:])
         x = self.rounding().restore((codes, scales), shape, cotangent)
-        return op.weight_vjp(cotangent, op.rows(x.to(tail.dtype)))
+        return op.rows(x.to(tail.dtype))
+
+    def estimate_weight(
+        self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
+    ) -> Tensor:
+        return op.weight_vjp(cotangent, self.restored(op, cotangent, stored))
 
     def saved(self) -> float:
         return self.rounding().share()

@@ -85,6 +85,11 @@ class Split(Estimator):
     ) -> Tensor:
         return self._weight.estimate_weight(op, cotangent, stored, seed)
 
+    def restored(
+        self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        return self._weight.restored(op, cotangent, stored) if self._input.is_exact() else None
+
     def work(self) -> tuple[float, float]:
         return self._input.work()[0], self._weight.work()[1]
 

@@ -48,6 +48,13 @@ class Conv2d(Bilinear):
     def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
         return self._weight_vjp(cotangent, x, self.groups)
 
+    def vjps(
+        self, cotangent: Tensor, x: Tensor, weight: Tensor, with_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        mask = [True, True, with_bias]
+        grad_input, grad_weight, grad_bias = self._backward(cotangent, x, weight, self.groups, mask)
+        return grad_input, grad_weight, grad_bias if with_bias else None
+
     def input_vjp_columns(
         self, cotangent: Tensor, weight: Tensor, indices: Tensor, weights: Tensor
     ) -> Tensor:
@@ -100,7 +107,7 @@ class Conv2d(Bilinear):
         self, cotangent: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward.default(
-            cotangent, x, weight, None, self.stride, self.padding, self.dilation,
+            cotangent, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation,
             False, [0, 0], groups, mask,
         )  # fmt: skip
 

@@ -82,6 +82,9 @@ def _vjp(
     # As in the forward pass: layers that share a cotangent (a sum of branches) must not share a seed.
     seed = next_seed(cotangent, weight)
     g = op.rows(cotangent)
+    if needed[0] and needed[1] and (x := estimator.restored(op, g, stored)) is not None:
+        below, at_weight, at_bias = op.vjps(g, x, weight, needed[2])
+        return op.unrows(below, input_shape), at_weight.view(weight.shape), at_bias
     grad_input = grad_weight = grad_bias = None
     if needed[0]:
         grad_input = op.unrows(estimator.estimate_input(op, g, weight, seed), input_shape)
