@@ -139,7 +139,8 @@ class Controller:
         self._interval, self._overhead, self._max_plans = interval, overhead, max_plans
         self._costs = None if profile is None else Costs.from_profile(profile, self._sites)
         ladder = sorted({*FINE_LADDER, *(s.keep for s in self._sites)}, reverse=True)
-        self._estimate = Estimate(tuple(ladder), len(self._sites))
+        whole = len(self._sites) == 1 and not (self._sites[0].name or self._sites[0].is_layer)
+        self._estimate = Estimate(tuple(ladder), len(self._sites), whole)
         self._steps, self._due, self._gap = 0, max(warmup, 1), 1
         self._failures, self._spent, self._look = 0, 0.0, 0
         self._began: float | None = None

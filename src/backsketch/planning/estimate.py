@@ -7,12 +7,13 @@ closed form of the row scores (:func:`backsketch.planning.sites.spread`), which 
 compute anyway. Errors of sites add up (they are martingale differences), and :math:`w_s` carries each to the
 parameters in units of SGD's variance; it is measured with the site alone. The factor r is what the measured
 total is over the predicted one: growth along the depth, the design's gain over independent draws, and the
-drift of all weights between their measurements.
+drift of all weights between their measurements. For a region over the whole model it starts at one. Measurements
+of the first quarter of the steps so far are dropped once there are a few later ones.
 
 All are ratios of sums over a window of the last observations, each scaled by the median of the last energies:
 a batch with a rare large gradient weighs what it weighs in an expectation over batches, but gradients that
 shrink a hundredfold in the course of training do not leave the past in charge. The window of the curves is the
-last tenth of the steps so far, up to a hundred steps: training changes fast at first, and slowly later.
+last 6 % of the steps so far, up to sixty steps: training changes fast at first, and slowly later.
 (Exponential forgetting of a time when all rows mattered alike takes as long as the curves have orders of
 magnitude.)
 """
@@ -31,19 +32,24 @@ from backsketch.planning.sites import Spread
 __all__ = ["Estimate", "Ratio"]
 
 _STABLE, _NOISE = 12, 6  # measurements in a window
-_SHARE, _MOST, _FEW = 0.1, 100, 8  # of the steps so far, steps, cotangents
+_OLD = 0.25  # of the steps so far
+_LEAST, _LEAST_ALONE = 5, 2  # measurements that are kept however old they are
+_SHARE, _MOST, _FEW = 0.06, 60, 8  # of the steps so far, steps, cotangents
 _NEAR = 5  # energies in a median
+_PRIOR = 4  # measurements that a factor of one is worth
 
 
 @dataclass
 class Ratio:
     """Sums of numerators over a sum of denominators, of observations in a window.
 
-    ``size`` is how many are kept; without it, those of the last steps (see above).
+    ``size`` is how many are kept, and ``least`` how many even of the first quarter of the steps so far; without
+    a size, those of the last steps (see above).
     """
 
     width: int
     size: int | None = None
+    least: int = _LEAST
     terms: list[list[float]] = field(default_factory=list)
     marks: list[list[int]] = field(default_factory=list)  # step and number of cotangents
 
@@ -61,7 +67,8 @@ class Ratio:
 
     def _is_full(self, step: int) -> bool:
         if self.size is not None:
-            return len(self.terms) > self.size
+            is_old = self.marks[0][0] < _OLD * step
+            return len(self.terms) > (self.least if is_old else self.size)
         rest = sum(count for _, count in self.marks[1:])
         return rest >= _FEW and step - self.marks[0][0] > min(_SHARE * step, _MOST)
 
@@ -83,20 +90,26 @@ class Ratio:
 
 @dataclass
 class Estimate:
-    """The running ratios of the model above; ``ladder`` is the keeps of all spreads."""
+    """The running ratios of the model above.
+
+    ``ladder`` is the keeps of all spreads; ``expects_one`` says whether r is one in theory. It is for a site over
+    the whole model: there the row scores are the norms of the samples' gradients, up to how the Jacobians differ.
+    It is not for a single site inside a model, nor for several, whose noise grows in company.
+    """
 
     ladder: tuple[float, ...]
     num_sites: int
+    expects_one: bool = True
     curves: list[Ratio] = field(default_factory=list)
     weights: list[Ratio] = field(default_factory=list)
     factor: Ratio = field(default_factory=lambda: Ratio(1, _STABLE))
-    square: Ratio = field(default_factory=lambda: Ratio(1, _NOISE))
+    square: Ratio = field(default_factory=lambda: Ratio(1, _NOISE, _NOISE))
     energies: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         sites = range(self.num_sites)
         self.curves = [Ratio(len(self.ladder)) for _ in sites]
-        self.weights = [Ratio(1, _STABLE) for _ in sites]
+        self.weights = [Ratio(1, _STABLE, _LEAST_ALONE) for _ in sites]
         self.energies = [[] for _ in sites]
 
     @property
@@ -136,7 +149,8 @@ class Estimate:
             relative = self._relative(found.get(s), alone[s])
             self.weights[s].add([error], measured.sgd * relative, scale, step)
         parts = [self.weight(s) * self._relative(found.get(s), k) for s, k in enumerate(keeps)]
-        self.factor.add([measured.error], measured.sgd * math.fsum(parts), scale, step)
+        predicted = math.fsum(parts)  # in the scale, or the noisy first keeps would outweigh all others
+        self.factor.add([measured.error], measured.sgd * predicted, scale * predicted, step)
         self.square.add([measured.square * replicas], measured.sgd, scale, step)
 
     def _relative(self, found: Spread | None, keep: float) -> float:
@@ -159,7 +173,15 @@ class Estimate:
     def variance(self, site: int, keep: float) -> float:
         """The extra variance of one site, in units of SGD's."""
         curve = self.curves[site][self.ladder.index(keep)]
-        return max(self.factor[0], 0.0) * self.weight(site) * curve
+        return self.growth * self.weight(site) * curve
+
+    @property
+    def growth(self) -> float:
+        """The factor r, drawn towards one while few measurements speak."""
+        count = len(self.factor.terms)
+        prior = _PRIOR * self.factor.bottom / count if count and self.expects_one else 0.0
+        total = self.factor.bottom + prior
+        return (self.factor.tops[0] + prior) / total if total > 0 else 0.0
 
     def total(self, keeps: Sequence[float]) -> float:
         """The extra variance at these keeps."""
