@@ -84,8 +84,9 @@ def test_options_arrive_in_the_configuration():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--sketch auto", "the sketch auto needs the planner"),
-        ("--sketch nonsense:keep=0.5", "nonsense"),
+        ("--sketch nonsense:keep=0.5", "unknown sketch 'nonsense'"),
+        ("--sketch automatic", "columns, elements, exact"),
+        ("--sketch automatic", "or say auto, or none for exact training"),
         ("--sketch rows:keep=1.5", "keep"),
         ("--sketch rows:keep=0", "keep"),
         ('--sketch {"fc9":"rows:keep=0.5"}', "matches no module; near names: fc"),

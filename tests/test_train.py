@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from backsketch.train.config import RECIPES, TrainConfig, mismatch, resolve
 from backsketch.train.interrupt import StopRequest
 from backsketch.train.loop import Trainer
 from backsketch.train.progress import TrainProgress
-from backsketch.train.result import curve, write_json
+from backsketch.train.result import automatic, curve, result_of, write_json
 from backsketch.train.setup import SCHEDULES, make_accelerator
 
 CPU = torch.device("cpu")
@@ -477,6 +478,84 @@ class TestTrain:
         with pytest.raises(TypeError):
             write_json(tmp_path / "r.json", {"a": object()})
         assert json.loads((tmp_path / "r.json").read_text()) == {"a": [1.0, None]}
+
+
+def only_saves(monkeypatch, family):
+    """One family saves half of a step, whatever this machine says, and the others cost as much."""
+    measured = bs.profile
+
+    def profile(*arguments, **options):
+        found = measured(*arguments, **options)
+        slots = tuple(
+            replace(
+                slot,
+                options=tuple(
+                    replace(
+                        o,
+                        fixed_seconds=found.step_seconds * (-0.5 if o.family == family else 0.5),
+                        live_seconds=0.0,
+                    )
+                    for o in slot.options
+                ),
+            )
+            for slot in found.slots
+        )
+        return replace(found, slots=slots)
+
+    monkeypatch.setattr(bs, "profile", profile)
+
+
+class TestAuto:
+    def job(self, data, **options):
+        """32 steps, of which the first is exact."""
+        widths = {"widths": [64, 64]}
+        return config(data, sketch="auto", model_options=widths, epochs=8, **options)
+
+    def test_sketches_are_found_and_controlled(self, tmp_path, monkeypatch):
+        only_saves(monkeypatch, "save")
+        data = toy()
+        trainer = fit(trainer_of(self.job(data), data, tmp_path / "c.pt"))
+        exact = fit(trainer_of(self.job(data), data, tmp_path / "e.pt", exact=True))
+        assert trainer.history.losses[0] == exact.history.losses[0]
+        found = result_of(trainer, 0.0)["auto"]
+        assert list(found["plan"]) == [""]
+        assert found["plan"][""].startswith("region:")
+        assert trainer.history.train_seconds > found["profile_seconds"] > 0
+        assert found["keeps"].keys() == {""}
+        assert found["advice"] in automatic({"auto": found})
+        assert json.dumps(found)
+
+    @pytest.mark.parametrize("family", ["save", "quantized"])
+    @pytest.mark.parametrize("stop_at", [1, 13], ids=["before the profile", "after it"])
+    def test_a_stopped_run_ends_with_the_same_weights(self, tmp_path, monkeypatch, family, stop_at):
+        only_saves(monkeypatch, family)
+        data = toy()
+        whole = fit(trainer_of(self.job(data), data, tmp_path / "whole.pt"))
+        stop = StopRequest()
+        stopped = trainer_of(self.job(data), data, tmp_path / "stopped.pt")
+        with pytest.raises(Interrupted):
+            stopped.fit(StopAfter(stop_at, stop), stop)
+        resumed = trainer_of(self.job(data), data, tmp_path / "stopped.pt")
+        resumed.load()
+        fit(resumed)
+        assert resumed.auto.rules == whole.auto.rules != {}
+        assert resumed.auto.result().get("log") == whole.auto.result().get("log")
+        assert resumed.history.losses == whole.history.losses
+        expected = whole.core.state_dict()
+        for name, tensor in resumed.core.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+    def test_a_tiny_model_is_trained_exactly_and_says_so(self, tmp_path):
+        console = Console(record=True, file=io.StringIO(), width=500)
+        options = {**SMALL, "epochs": 1, "sketch": "auto"}
+        result = train(options, out=tmp_path / "auto", console=console)
+        exact = train({**options, "sketch": "none"}, out=tmp_path / "exact", console=console)
+        assert result["auto"]["plan"] == {}
+        assert result["train_loss"] == exact["train_loss"]
+        assert (
+            f"trained exactly (profile {result['auto']['profile_seconds']:.1f} s): no"
+            in console.export_text()
+        )
 
 
 def test_two_processes_make_the_same_exact_model_as_one(tmp_path):

@@ -11,11 +11,11 @@ import torch
 
 from backsketch.train.errors import TrainError
 
-FORMAT = 1
+FORMAT = 2
 KEYS = {
     *("format", "config", "sketched", "data", "processes"),
     *("model", "optimizer", "scheduler", "scaler"),
-    *("epoch", "step", "random", "history"),
+    *("epoch", "step", "random", "history", "auto"),
 }
 
 

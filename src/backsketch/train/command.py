@@ -56,7 +56,7 @@ def train_command(
     sketch: Annotated[
         str | None,
         _model(
-            "none, a sketch such as rows:keep=0.5,scores=l2, or a JSON object from pattern to sketch; "
+            "none, auto, a sketch such as rows:keep=0.5,scores=l2, or a JSON object from pattern to sketch; "
             f"default: {DEFAULT_SKETCH}"
         ),
     ] = None,

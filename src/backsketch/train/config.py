@@ -55,7 +55,7 @@ class TrainConfig:
     """Everything that decides the result of a run. `resolve` fills in what is not asked for.
 
     Attributes:
-        sketch: text for `parse_rules` (a sketch, or a JSON object from pattern to sketch), or `"none"`.
+        sketch: text for `parse_rules` (a sketch, or a JSON object from pattern to sketch), `"auto"` or `"none"`.
         compare: train the exact model beside the sketched one.
         batch_size: images per optimizer step, over all processes and accumulated micro-batches.
         grad_accumulation: micro-batches per optimizer step.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch import models
 from backsketch.train import measure
+from backsketch.train.auto import AUTO, Auto
 from backsketch.train.batches import DROPOUT, Batch, Batches, stream
 from backsketch.train.checkpoint import load_checkpoint, save_checkpoint
 from backsketch.train.clock import StepClock
@@ -76,6 +77,7 @@ class Trainer:
         self.core = self._build().to(accelerator.device)
         optimizer = make_optimizer(self.core, config)
         self.total_steps = config.epochs * self.batches.steps_per_epoch
+        self.auto = Auto(self.total_steps) if config.sketch == AUTO else None
         self.schedule = make_schedule(optimizer, config, self.total_steps)
         self.cost = self._cost()
         self.model, self.optimizer = accelerator.prepare(self.core, optimizer)
@@ -83,6 +85,7 @@ class Trainer:
         if self.sketched:
             bs.seed(config.seed)
         self.epoch, self.step = 0, 0  # step counts within the epoch
+        self.sitting = 0  # steps that the history does not have yet
         self.history = History()
 
     def fit(self, progress: TrainProgress, stop: StopRequest) -> None:
@@ -109,6 +112,8 @@ class Trainer:
             self.history.wall_seconds += time.perf_counter() - began
             if ended or stopped:
                 self.save()
+            if ended and self.epoch == self.config.epochs and self.auto is not None:
+                self.cost = self._cost()  # at the keeps that it ends with
             if stopped and self.epoch < self.config.epochs:
                 raise Interrupted(self.checkpoint, stop.signum)
 
@@ -135,8 +140,8 @@ class Trainer:
         batches = []
         for number in range(VARIANCE_BATCHES):
             epoch, step = divmod(number, self.batches.steps_per_epoch)
-            batches.append(self._micro_batch(self.config.epochs + epoch, step))
-        return measure.extra_variance(self.core, batches, self._loss)
+            batches.append(self.micro_batch(self.config.epochs + epoch, step))
+        return measure.extra_variance(self.core, batches, self.loss)
 
     def last_epoch_loss(self) -> float:
         """Mean training loss over the last epoch's worth of steps."""
@@ -145,8 +150,9 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint; every process must call this."""
         random = gather_object([random_state(self)])
+        state = state_of(self, random)  # a controller forgets scores by it, on every process alike
         if self.accelerator.is_main_process:
-            save_checkpoint(self.checkpoint, state_of(self, random))
+            save_checkpoint(self.checkpoint, state)
 
     def load(self) -> None:
         """Continue from the checkpoint.
@@ -172,7 +178,7 @@ class Trainer:
             model = models.build(
                 config.model, self.data.image_shape, self.data.num_classes, **config.model_options
             )
-            if self.sketched:
+            if self.sketched and config.sketch != AUTO:
                 self.report = bs.sketch_(model, parse_rules(config.sketch))
         except ValueError as error:  # both explain themselves to the user
             raise TrainError(str(error)) from error
@@ -181,17 +187,22 @@ class Trainer:
         return model
 
     def _cost(self) -> dict[str, float]:
-        batch = self._micro_batch(0, 0)
+        batch = self.micro_batch(0, 0)
         ratio = 1.0
         if self.sketched:
-            ratio = measure.backward_flops_ratio(self.core, batch, self._loss)
-        saved = measure.saved_bytes(self.core, batch, self._loss)
+            ratio = measure.backward_flops_ratio(self.core, batch, self.loss)
+        saved = measure.saved_bytes(self.core, batch, self.loss)
         return {"backward_flops_ratio": ratio, "peak_saved_bytes": saved}
 
-    def _micro_batch(self, epoch: int, step: int) -> Batch:
+    def prove(self) -> None:
+        """One measured pass: the regions of a restored run prove themselves before it goes on."""
+        self.cost = self._cost()
+
+    def micro_batch(self, epoch: int, step: int) -> Batch:
+        """This process's first micro-batch of a step."""
         return next(self.batches.train(epoch, step))[0]
 
-    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss as in training, scaled as in training, for measurements on the bare model."""
         with self.accelerator.autocast():
             loss = F.cross_entropy(model(batch.images).float(), batch.labels)
@@ -206,8 +217,12 @@ class Trainer:
     def _train_until(self, due: int, progress: TrainProgress, stop: StopRequest) -> bool:
         """Steps to a step of the epoch or to a stop; returns whether there was one."""
         self.model.train()
-        clock, losses, stopped = StepClock(self.accelerator.device, self.now), [], False
+        losses: list[Tensor] = []
+        clock, stopped = StepClock(self.accelerator.device, self.now), False
         for micro_batches in self.batches.train(self.epoch, self.step):
+            if self.auto is not None:
+                self.sitting = len(losses)
+                self.auto.before(self)
             losses.append(self._optimizer_step(micro_batches))
             clock.tick()
             self.step += 1
@@ -231,6 +246,8 @@ class Trainer:
                 loss = F.cross_entropy(logits, batch.labels) / len(micro_batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
+        if self.auto is not None:
+            self.auto.after()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:

@@ -30,7 +30,8 @@ def result_of(trainer: Trainer, setup_seconds: float) -> dict[str, Any]:
     only; `backward_flops_ratio`, matrix products of a backward pass over those of the exact one;
     `peak_saved_bytes`, kept for the backward in one step; `extra_variance`, mean over the
     measurements in `extra_variance_by_epoch`; `diverged`; `config`, `data`, `versions`, `device`,
-    `processes`; `evaluations` and `curve`, the run over time.
+    `processes`; for the sketch `auto` what it chose, changed and advises, under that key, and the
+    arithmetic at the end; `evaluations` and `curve`, the run over time.
     """
     history, final = trainer.history, trainer.history.evaluations[-1]
     train_loss = trainer.last_epoch_loss()
@@ -43,6 +44,7 @@ def result_of(trainer: Trainer, setup_seconds: float) -> dict[str, Any]:
         "train_seconds": history.train_seconds,
         "step_seconds_median": history.median_step_seconds(),
         **trainer.cost,
+        **({} if trainer.auto is None else {"auto": trainer.auto.result()}),
         "extra_variance": history.mean_extra_variance(),
         "extra_variance_by_epoch": {str(k): v for k, v in history.extra_variances.items()},
         "diverged": not math.isfinite(train_loss),
@@ -134,6 +136,19 @@ def verdict(result: Mapping[str, Any]) -> str:
     return (
         f"{flops:.0%} less arithmetic in the backward pass, {gap:+.1f} points of accuracy; {pays}."
     )
+
+
+def automatic(result: Mapping[str, Any]) -> str:
+    """What the sketch `auto` did, and why."""
+    auto = result["auto"]
+    took = f"profile {auto['profile_seconds']:.1f} s"
+    if not auto["plan"]:
+        return f"trained exactly ({took}): {auto['reason']}"
+    plan = ", ".join(f"{name or '(model)'} {text}" for name, text in auto["plan"].items())
+    if "keeps" not in auto:
+        return f"{plan} ({took})"
+    last = auto["log"][-1:]
+    return "\n".join([f"{plan} ({took}), {len(auto['log'])} changes", *last, auto["advice"]])
 
 
 def _bytes(count: float) -> str:

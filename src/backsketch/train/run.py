@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from backsketch.train.auto import AUTO
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, resolve
 from backsketch.train.data import load_data
@@ -23,7 +24,7 @@ from backsketch.train.interrupt import StopRequest
 from backsketch.train.loop import Trainer
 from backsketch.train.plot import plot_result
 from backsketch.train.progress import TrainProgress
-from backsketch.train.result import comparison, headline, result_of, verdict, write_json
+from backsketch.train.result import automatic, comparison, headline, result_of, verdict, write_json
 from backsketch.train.setup import make_accelerator
 from backsketch.train.sketches import parse_rules
 
@@ -96,18 +97,13 @@ def check_spec(spec: str) -> None:
     """Refuse a sketch that cannot be used, before any work is done.
 
     Raises:
-        TrainError: it does not parse, or is `auto`.
+        TrainError: it does not parse.
     """
-    if spec == "auto":
-        raise TrainError(
-            "the sketch auto needs the planner, which this version does not have; give a sketch "
-            f"such as {DEFAULT_SKETCH}, or none"
-        )
-    if spec != "none":
+    if spec not in ("none", AUTO):
         try:
             parse_rules(spec)
         except ValueError as error:
-            raise TrainError(str(error)) from error
+            raise TrainError(f"{error}; or say auto, or none for exact training") from error
 
 
 @contextmanager
@@ -193,6 +189,8 @@ def _say(console: Console, result: Mapping[str, Any], out: Path) -> None:
     console.print(comparison(result))
     if "exact" in result:
         console.print(verdict(result))
+    if "auto" in result:
+        console.print(automatic(result), highlight=False)
     if result["diverged"]:
         console.print("the training loss is not finite: lower --lr or raise keep", style="bold red")
     console.print(f"wrote {out / RESULT} and {out / PLOT}", highlight=False)

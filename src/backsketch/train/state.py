@@ -35,6 +35,7 @@ def state_of(trainer: Trainer, random: list[dict[str, Any]]) -> dict[str, Any]:
         "step": trainer.step,
         "random": random,
         "history": trainer.history.state_dict(),
+        "auto": None if trainer.auto is None else trainer.auto.state_dict(),
     }
 
 
@@ -61,6 +62,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.epoch, trainer.step = state["epoch"], state["step"]
     trainer.history = History.from_state(state["history"])
+    if trainer.auto is not None:
+        trainer.auto.load_state_dict(trainer, state["auto"])
     _set_random_state(trainer, state["random"][trainer.accelerator.process_index])
 
 

@@ -91,8 +91,8 @@ class WatchedTrainer(Trainer):
         with untouched(self.core, training=True, seed=0):
             for number in range(NOISE_BATCHES):
                 epoch, step = divmod(number, self.batches.steps_per_epoch)
-                batch = self._micro_batch(self.config.epochs + epoch, step)
-                sums.add(torch.autograd.grad(self._loss(self.core, batch), parameters))
+                batch = self.micro_batch(self.config.epochs + epoch, step)
+                sums.add(torch.autograd.grad(self.loss(self.core, batch), parameters))
         return sums.noise_scale
 
 
@@ -112,7 +112,7 @@ def run(options: Training) -> dict[str, Any]:
         trainer = WatchedTrainer(config, data, accelerator, checkpoint, now=time.process_time)
         trainer.fit(TrainProgress(Console(quiet=True), enabled=False), StopRequest())
         backward_flops = measure.backward_flops(
-            trainer.core, trainer._micro_batch(0, 0), trainer._loss
+            trainer.core, trainer.micro_batch(0, 0), trainer.loss
         )
     return {**record(trainer), "backward_flops": backward_flops}
 
