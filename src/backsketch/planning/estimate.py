@@ -149,7 +149,8 @@ class Estimate:
             relative = self._relative(found.get(s), alone[s])
             self.weights[s].add([error], measured.sgd * relative, scale, step)
         parts = [self.weight(s) * self._relative(found.get(s), k) for s, k in enumerate(keeps)]
-        predicted = math.fsum(parts)  # in the scale, or the noisy first keeps would outweigh all others
+        predicted = math.fsum(parts)
+        # It is in the scale too: or the first keeps, whose noise is large, would outweigh all others.
         self.factor.add([measured.error], measured.sgd * predicted, scale * predicted, step)
         self.square.add([measured.square * replicas], measured.sgd, scale, step)
 
