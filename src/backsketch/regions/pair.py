@@ -125,8 +125,9 @@ def _vjp(pair: Pair, state: RegionState | None, sizes: list[int], *tensors: Tens
     saved, cotangents = tensors[: len(pair.saved)], tensors[len(pair.saved) :]
     values = [*saved, *sizes]
     args = [values[i] for i in pair.order]
-    formats = zip(pair.tangents, pair.formats)
-    args += [cotangents[i].contiguous(memory_format=format) for i, format in formats]
+    for i, layout in zip(pair.tangents, pair.formats):
+        assert layout is not None, "a cotangent without a layout"  # it would have been copied
+        args.append(cotangents[i].contiguous(memory_format=layout))
     with _casts_in_the_graph():
         return tuple(pair.program.backward(state, args))
 
