@@ -55,23 +55,23 @@ def halve_the_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def halve_the_dither(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for stochastic rounding, whose uniforms come from a hash: more is rounded down."""
-    uniforms = eager._uniforms
+    bits = eager._sixteen_bits
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(eager, "_uniforms", lambda *a: tuple(u / 2 for u in uniforms(*a)))
+    monkeypatch.setattr(eager, "_sixteen_bits", lambda *a: tuple(u >> 1 for u in bits(*a)))
 
 
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """No dither at all."""
-    uniforms = eager._uniforms
+    bits = eager._sixteen_bits
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(eager, "_uniforms", lambda *a: tuple(u * 0 + 0.5 for u in uniforms(*a)))
+    monkeypatch.setattr(eager, "_sixteen_bits", lambda *a: tuple(u * 0 + 32768 for u in bits(*a)))
 
 
 def one_rounding_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two roundings of a pair are the same one, as a plain quantizer would have it."""
-    uniforms = eager._uniforms
+    bits = eager._sixteen_bits
     monkeypatch.setattr(native, "library", lambda: None)
-    monkeypatch.setattr(eager, "_uniforms", lambda *a: (u := uniforms(*a)[0], u.clone()))
+    monkeypatch.setattr(eager, "_sixteen_bits", lambda *a: (u := bits(*a)[0], u.clone()))
 
 
 def mutation_of(estimator: bs.Estimator) -> Mutation:

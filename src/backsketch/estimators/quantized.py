@@ -25,7 +25,7 @@ class Quantized(Estimator):
     .. math:: \tilde x = a + \Delta \lfloor (x-a)/\Delta + u \rfloor, \qquad u \sim U[0,1)
 
     Unbiased: :math:`E\lfloor t+u \rfloor = t`, and ``grad_weight`` is linear in X. ``grad_input`` is exact.
-    (The uniforms have 16 bits: the bias of an entry is at most :math:`2^{-17}\Delta`.)
+    (The random numbers have 16 bits: the bias of an entry is at most :math:`2^{-17}\Delta`.)
 
     Beyond the inputs of linear layers it saves the same way, still without bias, what element-wise
     activations, norms and dot-product attention keep: see :mod:`backsketch.ops`.

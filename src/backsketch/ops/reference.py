@@ -170,9 +170,9 @@ def rounded_slowly(x: Tensor, seed: Tensor, bits: int, size: int, stream: int = 
         for i, value in enumerate(group):
             half, j = divmod(i, size // 2)
             word = _hash(number // size * (size // 2) + j, *key)
-            u = ((word >> 16 if half else word & 0xFFFF) + 0.5) / 65536
-            level = (value - low) * top / extent if extent else 0.0
-            restored.append(low + extent / top * min(math.floor(level + u), top))
+            random = word >> 16 if half else word & 0xFFFF
+            units = math.floor((value - low) * (top * 65536 / extent) + 0.5) if extent else 0
+            restored.append(low + extent / top * ((units + random) >> 16))
     return torch.tensor(restored, dtype=x.dtype).view(x.shape)
 
 

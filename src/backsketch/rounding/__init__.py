@@ -5,8 +5,8 @@ In each group of consecutive entries, with lowest entry a and step :math:`\Delta
 .. math:: \tilde x = a + \Delta \lfloor (x-a)/\Delta + u \rfloor, \qquad E[\tilde x] = x .
 
 The uniforms u come from a counter-based hash of a seed, so that every function here is *pure*: a compiler
-may move it, and the backward pass of a checkpoint draws its own. They have 16 bits (middles of 65536
-equal parts): the bias of an entry is at most :math:`2^{-17}\Delta` beside the rounding of float32.
+may move it, and the backward pass of a checkpoint draws its own. They have 16 bits, and (x-a)/Δ is rounded
+to as many: the bias of an entry is at most :math:`2^{-17}\Delta` beside the rounding of float32.
 
 ``twice`` makes two roundings that are independent given x and share their floor (b bits, then one bit for
 each): :math:`E[\tilde x_1 \tilde x_2] = x^2` entry by entry, for backward passes quadratic in what they save.
@@ -122,9 +122,9 @@ def units(x: Tensor, rounding: Rounding, twice: bool = False) -> tuple[Tensor, T
     """Step of each entry, and its distance from the lowest one in steps, both ``(n,)``: for closed forms."""
     flat = _flat(x).to(torch.promote_types(x.dtype, torch.float32))
     groups = eager.grouped(flat, rounding.group_size)
-    pair, inverse = eager.scales(groups, 2**rounding.bits - (not twice))
+    pair, rate = eager.scales(groups, 2**rounding.bits - (not twice))
     step = pair[:, 1:].expand_as(groups).flatten()
-    levels = ((groups - pair[:, :1]) * inverse).flatten()
+    levels = ((groups - pair[:, :1]) * rate / 65536).flatten()
     return step[: len(flat)], levels[: len(flat)]
 
 

@@ -44,11 +44,10 @@ def _shifted(x: Tensor, places: int) -> Tensor:
     return (x >> places).bitwise_and_((1 << (32 - places)) - 1)
 
 
-def _uniforms(counter: Tensor, key: Key, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two uniforms for each counter: middles of 65536 equal parts of [0, 1)."""
+def _sixteen_bits(counter: Tensor, key: Key) -> tuple[Tensor, Tensor]:
+    """Two random integers below 65536 for each counter (int32)."""
     bits = mix(counter, key)
-    halves = bits & 0xFFFF, _shifted(bits, 16)
-    return tuple(h.to(dtype).add_(0.5).mul_(2.0**-16) for h in halves)  # type: ignore[return-value]
+    return bits & 0xFFFF, _shifted(bits, 16)
 
 
 def grouped(flat: Tensor, group_size: int) -> Tensor:
@@ -60,35 +59,39 @@ def grouped(flat: Tensor, group_size: int) -> Tensor:
 
 
 def scales(groups: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
-    """``(groups, 2)`` lowest entry and step, NaN where an entry is not finite; ``(groups, 1)`` 1/step."""
+    """``(groups, 2)`` lowest entry and step, NaN where an entry is not finite; ``(groups, 1)`` 65536/step."""
     low, high = groups.aminmax(dim=1, keepdim=True)
     extent = high - low
     pair = torch.cat([low, extent / intervals], 1)
     pair.masked_fill_(~extent.isfinite(), torch.nan)
     # Not number / tensor, which PyTorch computes as a reciprocal and a product.
-    inverse = torch.full_like(extent, intervals) / extent
-    inverse.masked_fill_(~(extent.isfinite() & (extent > 1e-30)), 0.0)
-    return pair, inverse
+    rate = torch.full_like(extent, intervals * 65536) / extent
+    rate.masked_fill_(~(extent.isfinite() & (extent > 1e-30)), 0.0)
+    return pair, rate
 
 
 def pack(flat: Tensor, key: Key, bits: int, group_size: int, twice: bool) -> tuple[Tensor, Tensor]:
     """``(codes, scales)`` of a non-empty ``(n,)`` tensor; see :func:`backsketch.rounding.pack`."""
     groups = grouped(flat, group_size)
-    pair, inverse = scales(groups, 2**bits - (not twice))
-    units = (groups - pair[:, :1].nan_to_num(0.0)).mul_(inverse).nan_to_num_(0.0)
+    pair, rate = scales(groups, 2**bits - (not twice))
+    distance = (groups - pair[:, :1].nan_to_num(0.0)).mul_(rate).add_(0.5)
+    units = distance.nan_to_num_(0.0).to(torch.int32)  # 65536 to a step
     count, half = groups.shape[0], group_size // 2
     wide = group_size if twice else half
     counter = torch.arange(count * wide, dtype=torch.int32, device=flat.device)
-    first, second = (u.view(count, wide) for u in _uniforms(counter, key, flat.dtype))
+    first, second = (u.view(count, wide) for u in _sixteen_bits(counter, key))
+    bad = pair[:, :1].isnan()
     if not twice:
         units[:, :half] += first
         units[:, half:] += second
-        return _squeeze(units.clamp_(0, 2**bits - 1).to(torch.uint8), bits), pair
-    whole = units.clamp(0, 2**bits - 1).floor_()
-    rest = units.sub_(whole)
-    ups = [(u.add_(rest) >= 1).to(torch.uint8) for u in (first, second)]
-    codes = [_squeeze(whole.to(torch.uint8), bits), _squeeze(ups[0] | ups[1] << 1, 2)]
-    return torch.cat(codes, 1), pair
+        codes = _squeeze((units >> 16).to(torch.uint8), bits)
+    else:
+        whole = (units >> 16).clamp_(max=2**bits - 1)
+        rest = units.sub_(whole << 16)
+        ups = [(u.add_(rest) >> 16).to(torch.uint8) for u in (first, second)]
+        parts = [_squeeze(whole.to(torch.uint8), bits), _squeeze(ups[0] | ups[1] << 1, 2)]
+        codes = torch.cat(parts, 1)
+    return codes.masked_fill_(bad, 0), pair
 
 
 def pack_slope(

@@ -36,13 +36,10 @@ inline u32 mix(u32 i, Key key) {
   return x ^ (x >> 16);
 }
 
-// The middles of 65536 equal parts of [0, 1).
-inline float uniform(u32 sixteen_bits) {
-  return ((float)(int)sixteen_bits + 0.5f) * (1.0f / 65536);
-}
-
+// `rate` is in units of 2^-16 of a step: entries are rounded in whole numbers, against 16 random bits.
 struct Scale {
-  float low, step, inverse;
+  float low, step, rate;
+  bool bad;
 };
 
 inline Scale scale_of(const float *__restrict x, i64 size, float intervals) {
@@ -57,15 +54,13 @@ inline Scale scale_of(const float *__restrict x, i64 size, float intervals) {
   const float range = high - low;
   if (bad || !(range - range == 0)) {  // NaN or Inf in the group: all of it comes back as NaN
     float nan = std::numeric_limits<float>::quiet_NaN();
-    return {nan, nan, 0};
+    return {nan, nan, 0, true};
   }
-  return {low, range / intervals, range > 1e-30f ? intervals / range : 0};
+  return {low, range / intervals, range > 1e-30f ? intervals * 65536 / range : 0, false};
 }
 
-inline float clamped(float t, float top) {
-  t = t > 0 ? t : 0;
-  return t < top ? t : top;
-}
+// The distance from the lowest entry, to the nearest unit.
+inline int units(float x, Scale s) { return (int)((x - s.low) * s.rate + 0.5f); }
 
 // Codes of B bits, one byte each, into bytes.
 template <int B>
@@ -86,17 +81,15 @@ struct Once {
   static void pack(const float *__restrict x, i64 group, i64 given, Key key, u8 *__restrict codes,
                    u8 *__restrict out, float *__restrict scales) {
     const i64 size = FIXED ? FIXED : given, half = size / 2;
-    constexpr float top = (1 << B) - 1;
-    const Scale s = scale_of(x, size, top);
+    const Scale s = scale_of(x, size, (1 << B) - 1);
     scales[0] = s.low, scales[1] = s.step;
+    if (s.bad) return (void)std::fill(out, out + bytes(size), 0);
     const u32 base = (u32)(group * half);
 #pragma omp simd
     for (i64 j = 0; j < half; j++) {
-      u32 bits = mix(base + (u32)j, key);
-      float a = (x[j] - s.low) * s.inverse + uniform(bits & 0xffff);
-      float b = (x[j + half] - s.low) * s.inverse + uniform(bits >> 16);
-      codes[j] = (u8)(int)clamped(a, top);
-      codes[j + half] = (u8)(int)clamped(b, top);
+      const u32 bits = mix(base + (u32)j, key);
+      codes[j] = (u8)((units(x[j], s) + (int)(bits & 0xffff)) >> 16);
+      codes[j + half] = (u8)((units(x[j + half], s) + (int)(bits >> 16)) >> 16);
     }
     squeeze<B>(codes, size, out);
   }
@@ -110,19 +103,17 @@ struct Twice {
   static void pack(const float *__restrict x, i64 group, i64 given, Key key, u8 *__restrict codes,
                    u8 *__restrict out, float *__restrict scales) {
     const i64 size = FIXED ? FIXED : given;
-    constexpr float intervals = 1 << B;
-    const Scale s = scale_of(x, size, intervals);
+    const Scale s = scale_of(x, size, 1 << B);
     scales[0] = s.low, scales[1] = s.step;
+    if (s.bad) return (void)std::fill(out, out + bytes(size), 0);
     const u32 base = (u32)(group * size);
     u8 *ups = codes + size;
 #pragma omp simd
     for (i64 j = 0; j < size; j++) {
-      u32 bits = mix(base + (u32)j, key);
-      float t = (x[j] - s.low) * s.inverse;
-      float whole = (float)(int)clamped(t, intervals - 1);
-      float rest = t - whole;
-      codes[j] = (u8)(int)whole;
-      ups[j] = (u8)((rest + uniform(bits & 0xffff) >= 1.0f) | (rest + uniform(bits >> 16) >= 1.0f) << 1);
+      const u32 bits = mix(base + (u32)j, key);
+      const int t = units(x[j], s), whole = std::min(t >> 16, (1 << B) - 1), rest = t - (whole << 16);
+      codes[j] = (u8)whole;
+      ups[j] = (u8)((rest + (int)(bits & 0xffff)) >> 16 | (rest + (int)(bits >> 16)) >> 16 << 1);
     }
     squeeze<B>(codes, size, out);
     squeeze<2>(ups, size, out + size * B / 8);
