@@ -32,6 +32,7 @@ import backsketch as bs
 from backsketch.models import build
 from backsketch.theory.noise import GradientSums
 from backsketch.train import load_data
+from backsketch.train.auto import TARGET
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.images import ImageData
 from backsketch.train.interrupt import StopRequest
@@ -183,7 +184,7 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     return right / len(labels)
 
 
-def automatic(data: Path, seeds: int) -> dict:
+def automatic(data: Path, seeds: int, target: float) -> dict:
     """Accuracy and process seconds of the training steps, profile included, of ``--sketch auto`` and exact."""
     found = load_data(str(data))
     rows = []
@@ -193,19 +194,21 @@ def automatic(data: Path, seeds: int) -> dict:
             options = {"model": "mlp", "data": "mnist", "sketch": sketch, "seed": max(seed, 0)}
             options |= {"epochs": 3 if seed >= 0 else 1, "threads": 1, "device": "cpu"}
             config = resolve(options, num_train=found.num_train, image_shape=found.image_shape)
-            rows.append({"seed": seed, "sketch": sketch, **trained(config, found, Path(folder))})
+            row = trained(config, found, Path(folder), target)
+            rows.append({"seed": seed, "sketch": sketch, **row})
             print({k: v for k, v in rows[-1].items() if k != "auto"})
     first, rows = rows[:2], rows[2:]
     return {
-        "command": "python benchmarks/controller.py auto",
+        "command": f"python benchmarks/controller.py auto --target {target:g}",
         "torch": torch.__version__,
+        "target": target,
         "first_profile_seconds": first[1]["auto"]["profile_seconds"],
         **compared(rows),
         "rows": rows,
     }
 
 
-def trained(config: TrainConfig, data: ImageData, folder: Path) -> dict:
+def trained(config: TrainConfig, data: ImageData, folder: Path, target: float) -> dict:
     """One run of ``backsketch train``, with the process seconds of its parts."""
     checkpoint = folder / f"{config.sketch}-{config.seed}.pt"
     accelerator = make_accelerator("cpu", "fp32")
@@ -226,6 +229,7 @@ def trained(config: TrainConfig, data: ImageData, folder: Path) -> dict:
     timed("backward", trainer.accelerator, "backward")
     timed("optimizer", trainer.optimizer, "step")
     if trainer.auto is not None:
+        trainer.auto.target = target
         timed("controller", trainer.auto, "after")
     with StopRequest() as stop, TrainProgress(Console(quiet=True), False) as progress:
         trainer.fit(progress, stop)
@@ -263,16 +267,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=[*SETTINGS, "auto"])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--target", type=float, default=0.1)
+    parser.add_argument("--target", type=float, help="by default 0.1, of auto what it has itself")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.model == "auto":
-        result = automatic(arguments.data, arguments.seeds)
+        target = arguments.target or TARGET
+        result = automatic(arguments.data, arguments.seeds, target)
+        name = "auto" if target == TARGET else f"auto_{target:g}"
     else:
-        result = held(arguments.model, arguments.data, arguments.target)
-    path = arguments.out / f"controller_{arguments.model}.json"
+        result = held(arguments.model, arguments.data, arguments.target or 0.1)
+        name = arguments.model
+    path = arguments.out / f"controller_{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print({k: v for k, v in result.items() if k not in ("checks", "log", "rows")})
 

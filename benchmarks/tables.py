@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -229,7 +230,43 @@ def planner_cost() -> str:
     return _markdown(["profile of a process", "cost in exact steps"], rows)
 
 
+CONTROLLED = {"mlp": "MLP, MNIST", "vit": "ViT, CIFAR-10"}
+
+
+def controller() -> str:
+    """The extra variance that a Monte Carlo finds under the controller."""
+    rows = []
+    for name, task in CONTROLLED.items():
+        found = _load(f"controller_{name}")
+        measured = sorted(check["measured_extra_variance"] for check in found["checks"])
+        cells = [f"{found['within']} of {len(measured)}", f"{statistics.fmean(measured):.3f}"]
+        cells += [f"{measured[0]:.3f} to {measured[-1]:.3f}", str(len(found["log"]))]
+        rows.append([task, str(found["steps"]), *cells, f"{found['controller_share']:.1%}"])
+    header = ["target 0.1", "steps", "checks in [0.05, 0.15]", "mean", "range", "moves"]
+    return _markdown([*header, "controller's share of the time"], rows)
+
+
+def auto() -> str:
+    """``--sketch auto`` beside exact training, and where the seconds go."""
+    found = _load("controller_auto")
+    exact, sketched = found["none"], found["auto"]
+    rows = []
+    for name, arm in (("exact", exact), ("`--sketch auto`", sketched)):
+        error = f"{100 * arm['test_accuracy']:.2f} ± {100 * arm['standard_error']:.2f} %"
+        seconds = [f"{part:.2f}" for part in arm["parts"].values()]
+        rows.append([name, error, f"{arm['train_seconds']:.2f}", *seconds])
+    ratio = f"**{found['time_ratio']:.2f}**"
+    empty = [""] * len(exact["parts"])
+    rows.append(["auto over exact", "", ratio, *empty])
+    floor = 1 - exact["parts"]["backward"] / exact["train_seconds"]
+    rows.append(["exact without its backward pass", "", f"{floor:.2f}", *empty])
+    header = ["MLP, MNIST", "accuracy", "seconds", *(f"of them {p}" for p in exact["parts"])]
+    return _markdown(header, rows)
+
+
 TABLES = {
+    "controller": controller,
+    "auto": auto,
     "planner": planner,
     "planner_cost": planner_cost,
     "host_time": host_time,

@@ -18,8 +18,9 @@ import backsketch as bs
 from backsketch import sampling
 from backsketch.planning import calibration, controller
 from backsketch.planning.allocate import frontier
+from backsketch.planning.estimate import Estimate
 from backsketch.planning.families import FINE_LADDER
-from backsketch.planning.sites import spread
+from backsketch.planning.sites import Spread, spread
 from backsketch.theory.noise import GradientSums
 from backsketch.theory.variance import minimal_sampling
 
@@ -112,6 +113,24 @@ def test_the_frontier_is_the_best_that_each_variance_allows():
         )
         assert cost <= min(c for c, v in everything if v <= variance + 1e-12)
     assert all(v <= 1.5 for _, _, v in frontier(sites, 1.5))
+
+
+def test_early_replays_do_not_outweigh_late_ones_and_go():
+    estimate = Estimate((1.0, 0.5), 2, expects_one=False)
+
+    def replay(step, growth, spread_of):
+        found = {s: Spread((0.0, spread_of), 1.0) for s in range(2)}
+        error = growth * 2 * spread_of  # the weight of a site that was never alone is one
+        parts = calibration.Measured(1.0, 1.0, error, {}, found, {})
+        estimate.update(parts, (0.5, 0.5), {}, 1, step)
+
+    replay(1, 1.0, 10.0)
+    for step in (2, 3, 4):
+        replay(step, 2.0, 0.1)
+    assert estimate.growth == pytest.approx(1.75)
+    for step in range(5, 9):
+        replay(step, 2.0, 0.1)
+    assert estimate.growth == pytest.approx(2.0)
 
 
 def measured(data, seed):

@@ -19,7 +19,7 @@ __all__ = ["AUTO", "Auto"]
 AUTO = "auto"
 PROFILE_BATCHES = 2  # the controller measures the noise again, and goes on measuring it
 INTERVAL = 300  # steps between its replays; a number, so that a resumed run is the same run
-TARGET = 0.1
+TARGET = 0.05
 _START = 0.5  # the keep that a place begins with
 _LEAST = 0.02  # of a step's time, to be saved at a place
 
@@ -28,6 +28,7 @@ class Auto:
     """Finds and controls the sketches of one run.
 
     Attributes:
+        target: extra variance that the controller aims at.
         rules: pattern to text of a sketch; empty where the run is exact, None before the profile.
         reason: why it is exact, or what the plan said.
         seconds: what the profile took; they are part of the training's.
@@ -38,6 +39,7 @@ class Auto:
         from backsketch.regions import capture  # noqa: F401
 
         self.start = min(max(total_steps // 50, 1), 50)
+        self.target = TARGET
         self.rules: dict[str, str] | None = None
         self.reason = ""
         self.seconds = 0.0
@@ -76,7 +78,7 @@ class Auto:
         bs.sketch_(trainer.core, {pattern: bs.parse(text) for pattern, text in self.rules.items()})
         if find_sites(trainer.core):  # rounding has no keep to move
             self.controller = bs.Controller(
-                trainer.model, TARGET, profile=profile, interval=INTERVAL
+                trainer.model, self.target, profile=profile, interval=INTERVAL
             )
 
     def result(self) -> dict[str, Any]:
@@ -131,5 +133,6 @@ def _structure(profile: bs.Profile) -> tuple[dict[str, str], str]:
 
 
 def _fastest(slot: SlotProfile) -> Option | None:
-    keeps = [o for o in slot.options if o.keep < _START]
+    # Recomputing saves bytes; where it seems to save more time than saving, that is noise.
+    keeps = [o for o in slot.options if o.keep < _START and o.family != "recompute"]
     return min(keeps, key=lambda o: o.seconds(), default=None)
