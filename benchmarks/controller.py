@@ -32,7 +32,7 @@ import backsketch as bs
 from backsketch.models import build
 from backsketch.theory.noise import GradientSums
 from backsketch.train import load_data
-from backsketch.train.auto import TARGET
+from backsketch.train.auto import INTERVAL, TARGET
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.images import ImageData
 from backsketch.train.interrupt import StopRequest
@@ -130,7 +130,7 @@ def held(name: str, data: Path, target: float) -> dict:
     steps = setting["epochs"] * (len(batches.labels) // setting["batch"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting["lr"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting["lr"], total_steps=steps)
-    controller = bs.Controller(model, target)
+    controller = bs.Controller(model, target, interval=INTERVAL)
     checks, total, controlled = [], 0.0, 0.0
     ends = [round(steps * (i / CHECKS) ** 1.5) for i in range(1, CHECKS + 1)]
     looks = {end - EVERY * i: end for end in ends for i in range(LOOKS)}
