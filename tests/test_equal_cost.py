@@ -252,12 +252,17 @@ def test_quiet_step_times_win_and_checkpointing_makes_the_exact_steps():
     assert checkpointing.steps == exact.steps
     assert (checkpointing.step_seconds, checkpointing.saved_bytes) == (0.4, 7)
     assert best_exact([checkpointing, exact], exact.model) is exact
+    comparison = equal_cost.page(made_sweep(*example().jobs, job)).tables[0]
+    told = {row[0]: row[comparison.header.index("step")] for row in comparison.rows}
+    assert (told["exact"], told["rows"]) == ("250.0 ms", "500.0 ms †")
+    assert comparison.title.endswith("on a quiet machine, †: of the runs themselves")
 
 
 def test_the_page_says_who_arrived():
     page = equal_cost.page(example())
     comparison, analysis, steps = page.tables
     assert not steps.rows  # nothing was timed
+    assert comparison.title.endswith("of the runs themselves")
     cells = {row[0]: dict(zip(comparison.header, row)) for row in comparison.rows}
     assert cells["weak"]["steps to target"] == "1 of 1 missed"
     assert cells["weak"]["over best exact"] == ""

@@ -29,6 +29,7 @@ __all__ = ["Training", "WatchedTrainer", "config_of", "run", "sketch_text"]
 
 CURVE_POINTS = 40
 NOISE_BATCHES = 16
+_OF_AUTO = ("plan", "reason", "profile_seconds", "exact_steps_before", "keeps")
 _OWN = ("arm", "limit", "limit_test", "train")
 
 
@@ -121,7 +122,9 @@ def record(trainer: WatchedTrainer) -> dict[str, Any]:
     """What a finished run has to say, with plain values."""
     history = trainer.history
     loss = curve(history, CURVE_POINTS)
+    auto = trainer.auto.result() if trainer.auto is not None else {}
     return {
+        **({"auto": {key: auto[key] for key in _OF_AUTO if key in auto}} if auto else {}),
         "evaluations": {
             key: [getattr(e, key) for e in history.evaluations]
             for key in ("step", "accuracy", "loss")

@@ -17,6 +17,7 @@ from backsketch.experiments.views.page import COLOURS, Page, TextTable, dress, n
 __all__ = ["Terms", "by_epoch", "page", "terms"]
 
 INK = "#2b2d34"
+OWN = "†"  # a step whose time is that of its own runs, as where a controller changes it
 GREYS = ("#8a939b", "#b3bac0", "#ccd2d6", "#dde1e4")
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
@@ -33,8 +34,10 @@ def _comparison(found: Sequence[Arm]) -> TextTable:
         "arm", "best lr", "steps to target", "step", "time to target", "over best exact",
         "backward GFLOP to target", "final accuracy", "saved", "seeds",
     )  # fmt: skip
-    clock = "on a quiet machine" if all(arm.quiet for arm in found) else "of the runs themselves"
-    title = f"to {_target(found)} test accuracy; steps × seconds of a step {clock}"
+    own = [arm for arm in found if not arm.quiet]
+    clock = "of the runs themselves" if len(own) == len(found) else "on a quiet machine"
+    marked = f", {OWN}: of the runs themselves" if 0 < len(own) < len(found) else ""
+    title = f"to {_target(found)} test accuracy; steps × seconds of a step {clock}{marked}"
     return TextTable(title, header, [_row(arm, found) for arm in found])
 
 
@@ -53,7 +56,7 @@ def _row(arm: Arm, found: Sequence[Arm]) -> tuple[str, ...]:
         arm.name,
         f"{arm.lr:g}",
         _with_error(steps, "{:.0f}") if arrived else missed,
-        f"{1e3 * arm.step_seconds:.1f} ms",
+        f"{1e3 * arm.step_seconds:.1f} ms" + _mark(arm, found),
         _with_error(list((arm.seconds or {}).values()), "{:.1f} s") if arrived else "",
         "" if ratio is None else _pair(*ratio, form="{:.2f}"),
         f"{statistics.fmean(flops):.0f}" if arrived and not arm.checkpointed else "",
@@ -61,6 +64,10 @@ def _row(arm: Arm, found: Sequence[Arm]) -> tuple[str, ...]:
         f"{arm.saved_bytes / 2**20:.1f} MiB",
         str(len(arm.runs)),
     )
+
+
+def _mark(arm: Arm, found: Sequence[Arm]) -> str:
+    return "" if arm.quiet or not any(other.quiet for other in found) else f" {OWN}"
 
 
 def _with_error(values: Sequence[float], form: str) -> str:
