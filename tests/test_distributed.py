@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import backsketch as bs
+from backsketch import regions
 
 DRAWS = 300
 
@@ -69,6 +70,13 @@ def work(rank: int, folder: str) -> None:
         bs.restore_(wrapped)
         result["types"] = [type(m).__name__ for m in own]
         result["restored"] = gradients(wrapped, own, batch(rank))
+        bs.sketch_(wrapped, {"": bs.Region(keep=0.5)})
+        gradients(wrapped, own, batch(rank))  # the first pass proves the region, and is exact
+        result["status"] = regions.state_of(own).status
+        result["in a region"] = torch.stack(
+            [gradients(wrapped, own, batch(rank)) for _ in range(DRAWS)]
+        )
+        bs.restore_(wrapped)
         result["controlled"] = controlled(rank)
         torch.save(result, os.path.join(folder, f"{rank}.pt"))
     finally:
@@ -119,6 +127,14 @@ def test_the_synchronised_gradient_is_finite_and_unbiased(ranks):
     assert torch.equal(ranks[0]["exact"], ranks[1]["exact"])
     check_mean(draws, ranks[0]["exact"])
     torch.testing.assert_close(ranks[0]["restored"], ranks[0]["exact"])
+
+
+def test_a_region_is_unbiased_in_two_processes(ranks):
+    assert [rank["status"] for rank in ranks] == ["active", "active"]
+    draws = ranks[0]["in a region"]
+    assert torch.equal(draws, ranks[1]["in a region"])
+    assert float(draws.double().var(0).sum()) > 0.05 * float(ranks[0]["exact"].square().sum())
+    check_mean(draws, ranks[0]["exact"])
 
 
 def test_the_exact_gradient_agrees_with_one_process_on_the_whole_batch(ranks):
