@@ -70,6 +70,7 @@ def measure(
     ladder: Sequence[float],
     name: int,
     with_work: bool,
+    draws: int = 1,
 ) -> Measured:
     """Replay a recorded call: exactly in two halves, with all sites active, and with single ones.
 
@@ -82,6 +83,7 @@ def measure(
         ladder: keeps for the spreads.
         name: of the draws.
         with_work: also count the arithmetic of the layers.
+        draws: of all sites together; their mean error counts.
 
     Raises:
         Unmeasurable: there is no such call, or no two halves of it.
@@ -112,8 +114,11 @@ def measure(
         if any(isinstance(m, RegionModule) and state_of(m).status == "pending" for m in modules):
             replay.vjp(*replay.forward())  # regions prove themselves
         spreads, sketched = _watched(replay, sites, ladder)
-        error = _distance(sketched, exact)
+        errors = [_distance(sketched, exact)]
         del sketched
+        others = [2 + len(sites) + i for i in range(draws - 1)]
+        errors += [_distance(replay.vjp(*replay.forward(n)), exact) for n in others]
+        error = math.fsum(errors) / draws
         single = {}
         for i, keep in alone.items():
             sites[i].set_keep(keep)

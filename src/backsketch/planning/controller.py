@@ -32,6 +32,7 @@ _WORTH = 0.02  # of a step's cost
 _TRACED = 2**20  # rows
 _ATTEMPTS = 3
 _ALONE_AT_ONCE = 8
+_DRAWS = 3  # of several sites together in a measurement: their factor drifts, so that few measurements count
 _COMPILED_PLANS = 8  # Dynamo's recompile limit
 
 
@@ -301,6 +302,7 @@ class Controller:
                 self._estimate.ladder,
                 self._steps,
                 self._costs is None,
+                _DRAWS if len(self._sites) > 1 else 1,
             )
         except Unmeasurable as problem:
             reason = str(problem)
@@ -331,8 +333,8 @@ class Controller:
         if n == 1:
             return {}
         new = [i for i in range(n) if not self._estimate.weights[i].terms]
-        chosen = new[:_ALONE_AT_ONCE] or sorted({self._turn % n, (self._turn + 1) % n})
-        self._turn += 0 if new else 2
+        chosen = new[:_ALONE_AT_ONCE] or [self._turn % n]
+        self._turn += 0 if new else 1
         keeps = [(i, self._keeps[i]) for i in chosen]
         return {i: self._sites[i].keep if k == 1 else k for i, k in keeps}
 

@@ -21,7 +21,7 @@ _TINY = 2**20  # multiply-adds of a backward pass below which the draws cost wha
 _QUIET = 0.01  # noise scale
 _LEAST = 0.02  # of a step's cost, worth a sketch or a change
 _MARGIN = 0.01
-_ROOM = 1.15  # times the target: the ladder is coarse, and below it would be further away
+_ROOM = 0.15  # of the target, above it: the ladder of a single site is coarse, and below would be further away
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _candidates(
     target: float | None,
 ) -> Iterator[Choice]:
     """The frontier below every keep of the masks, which share one keep."""
-    limit = math.inf if target is None else _ROOM * target
+    limit = math.inf if target is None else (1 + _ROOM / len(sites)) * target
     masks = [i for i, s in enumerate(sites) if s.is_mask and i not in fixed]
     for mask_keep in estimate.ladder if masks else (1.0,):
         used = math.fsum(estimate.variance(i, mask_keep) for i in masks) if mask_keep < 1 else 0.0

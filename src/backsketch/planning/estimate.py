@@ -33,7 +33,7 @@ __all__ = ["Estimate", "Ratio"]
 
 _STABLE, _NOISE = 12, 6  # measurements in a window
 _OLD = 0.25  # of the steps so far
-_LEAST, _LEAST_ALONE = 5, 2  # measurements that are kept however old they are
+_LEAST, _LEAST_ALONE = 3, 2  # measurements that are kept however old they are
 _SHARE, _MOST, _FEW = 0.06, 60, 8  # of the steps so far, steps, cotangents
 _NEAR = 5  # energies in a median
 _PRIOR = 4  # measurements that a factor of one is worth
