@@ -58,6 +58,20 @@ def test_is_the_slow_definition_entry_by_entry(bits):
 
 
 @pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(
+    "run", [eager, pytest.param(None, marks=native_only)], ids=["eager", "native"]
+)
+def test_the_highest_entry_is_not_rounded_beyond_the_last_level(run, twice):
+    """With 8 bits, distance and random bits fill all that float32 has: it would wrap to the lowest level."""
+    ends = torch.randn(2**16, 2).sort(dim=1).values
+    x = torch.cat([ends[:, :1], ends[:, 1:].expand(-1, 63)], 1)
+    packed = (run or native.library()).pack(x.flatten(), (1, 2), 8, 64, twice)
+    for which in (0, 1) if twice else (-1,):
+        restored = eager.restore(*packed, x.numel(), 8, 64, which).view_as(x)
+        assert bool(((restored - x).abs() <= 1.01 * packed[1][:, 1:]).all())
+
+
+@pytest.mark.parametrize("twice", [False, True])
 def test_an_entry_goes_up_as_often_as_it_should(twice):
     """Ten thousand copies of each of a few numbers between two levels."""
     fractions = torch.linspace(0, 1, 11)

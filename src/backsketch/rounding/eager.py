@@ -73,9 +73,11 @@ def scales(groups: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
 def pack(flat: Tensor, key: Key, bits: int, group_size: int, twice: bool) -> tuple[Tensor, Tensor]:
     """``(codes, scales)`` of a non-empty ``(n,)`` tensor; see :func:`backsketch.rounding.pack`."""
     groups = grouped(flat, group_size)
-    pair, rate = scales(groups, 2**bits - (not twice))
+    top = 2**bits - (not twice)
+    pair, rate = scales(groups, top)
     distance = (groups - pair[:, :1].nan_to_num(0.0)).mul_(rate).add_(0.5)
-    units = distance.nan_to_num_(0.0).to(torch.int32)  # 65536 to a step
+    # 65536 to a step; at 8 bits a rounding error of float32 is one, and would lead beyond the last level.
+    units = distance.nan_to_num_(0.0).to(torch.int32).clamp_(max=top * 65536)
     count, half = groups.shape[0], group_size // 2
     wide = group_size if twice else half
     counter = torch.arange(count * wide, dtype=torch.int32, device=flat.device)

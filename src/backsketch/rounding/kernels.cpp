@@ -59,8 +59,13 @@ inline Scale scale_of(const float *__restrict x, i64 size, float intervals) {
   return {low, range / intervals, range > 1e-30f ? intervals * 65536 / range : 0, false};
 }
 
-// The distance from the lowest entry, to the nearest unit.
-inline int units(float x, Scale s) { return (int)((x - s.low) * s.rate + 0.5f); }
+// The distance from the lowest entry, to the nearest unit. At 8 bits a rounding error of float32 is a whole unit, and
+// would lead beyond the last level.
+template <int INTERVALS>
+inline int units(float x, Scale s) {
+  const int t = (int)((x - s.low) * s.rate + 0.5f);
+  return INTERVALS < 128 ? t : std::min(t, INTERVALS << 16);
+}
 
 // Codes of B bits, one byte each, into bytes.
 template <int B>
@@ -81,15 +86,16 @@ struct Once {
   static void pack(const float *__restrict x, i64 group, i64 given, Key key, u8 *__restrict codes,
                    u8 *__restrict out, float *__restrict scales) {
     const i64 size = FIXED ? FIXED : given, half = size / 2;
-    const Scale s = scale_of(x, size, (1 << B) - 1);
+    constexpr int top = (1 << B) - 1;
+    const Scale s = scale_of(x, size, top);
     scales[0] = s.low, scales[1] = s.step;
     if (s.bad) return (void)std::fill(out, out + bytes(size), 0);
     const u32 base = (u32)(group * half);
 #pragma omp simd
     for (i64 j = 0; j < half; j++) {
       const u32 bits = mix(base + (u32)j, key);
-      codes[j] = (u8)((units(x[j], s) + (int)(bits & 0xffff)) >> 16);
-      codes[j + half] = (u8)((units(x[j + half], s) + (int)(bits >> 16)) >> 16);
+      codes[j] = (u8)((units<top>(x[j], s) + (int)(bits & 0xffff)) >> 16);
+      codes[j + half] = (u8)((units<top>(x[j + half], s) + (int)(bits >> 16)) >> 16);
     }
     squeeze<B>(codes, size, out);
   }
@@ -111,7 +117,7 @@ struct Twice {
 #pragma omp simd
     for (i64 j = 0; j < size; j++) {
       const u32 bits = mix(base + (u32)j, key);
-      const int t = units(x[j], s), whole = std::min(t >> 16, (1 << B) - 1), rest = t - (whole << 16);
+      const int t = units<1 << B>(x[j], s), whole = std::min(t >> 16, (1 << B) - 1), rest = t - (whole << 16);
       codes[j] = (u8)whole;
       ups[j] = (u8)((rest + (int)(bits & 0xffff)) >> 16 | (rest + (int)(bits >> 16)) >> 16 << 1);
     }
