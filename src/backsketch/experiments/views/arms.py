@@ -14,7 +14,16 @@ from backsketch.experiments.problems.step_time import PARTS
 from backsketch.experiments.problems.training import sketch_text
 from backsketch.experiments.store import Sweep
 
-__all__ = ["Arm", "Run", "arms", "best_exact", "mean_error", "reached", "relative_time"]
+__all__ = [
+    "Arm",
+    "Run",
+    "arms",
+    "best_exact",
+    "mean_error",
+    "reached",
+    "relative_step",
+    "relative_time",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Arm:
     Attributes:
         step_seconds: of a step on a quiet machine where it was measured, else of the runs themselves.
         quiet: which of the two.
+        own_seconds: of a step in the runs themselves, all that the loop does included.
         saved_bytes: kept for the backward pass of a step.
         target: accuracy to reach.
         parts: quiet seconds of forward, backward and optimizer, where they were measured.
@@ -49,6 +59,7 @@ class Arm:
     quiet: bool
     saved_bytes: float
     target: float
+    own_seconds: float
     parts: Mapping[str, float] = field(default_factory=dict)
     checkpointed: bool = False
 
@@ -129,12 +140,26 @@ def best_exact(found: Iterable[Arm], model: str) -> Arm | None:
     )
 
 
+def relative_step(arm: Arm, base: Arm) -> float:
+    """Seconds of a step over those of another arm, both by the same clock."""
+    if arm.quiet and base.quiet:
+        return arm.step_seconds / base.step_seconds
+    return arm.own_seconds / base.own_seconds
+
+
 def relative_time(arm: Arm, base: Arm) -> tuple[float, float] | None:
     """Time to the target over that of another arm, seed by seed: mean and standard error."""
-    own, other = arm.seconds, base.seconds
-    if own is None or other is None or not (shared := own.keys() & other.keys()):
+    own, other = arm.steps, base.steps
+    ratios = [
+        steps / reference
+        for seed, steps in sorted(own.items())
+        if steps is not None and (reference := other.get(seed)) is not None
+    ]
+    if not ratios or arm.seconds is None or base.seconds is None:
         return None
-    return mean_error([own[seed] / other[seed] for seed in sorted(shared)])
+    mean, error = mean_error(ratios)
+    cost = relative_step(arm, base)
+    return cost * mean, cost * error
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:
@@ -154,7 +179,7 @@ def _arm(name: str, runs: list[Run], target: float, quiet: Mapping[Any, Mapping[
     seconds = statistics.median(run.result["seconds"] / run.result["steps"] for run in own)
     return Arm(
         name, own, lr, entry["seconds"] if entry else seconds, entry is not None,
-        own[0].result["saved_bytes"], target, _parts(entry or {}),
+        own[0].result["saved_bytes"], target, seconds, _parts(entry or {}),
     )  # fmt: skip
 
 

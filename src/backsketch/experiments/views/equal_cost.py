@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 
 from backsketch.experiments.problems.step_time import PARTS
 from backsketch.experiments.store import Sweep
-from backsketch.experiments.views.arms import Arm, arms, best_exact, mean_error, relative_time
+from backsketch.experiments.views.arms import (
+    Arm,
+    arms,
+    best_exact,
+    mean_error,
+    relative_step,
+    relative_time,
+)
 from backsketch.experiments.views.page import COLOURS, Page, TextTable, dress, new_figure
 
 __all__ = ["Terms", "by_epoch", "page", "terms"]
@@ -36,7 +43,11 @@ def _comparison(found: Sequence[Arm]) -> TextTable:
     )  # fmt: skip
     own = [arm for arm in found if not arm.quiet]
     clock = "of the runs themselves" if len(own) == len(found) else "on a quiet machine"
-    marked = f", {OWN}: of the runs themselves" if 0 < len(own) < len(found) else ""
+    marked = (
+        f"; {OWN}: of its own runs, as the exact one it is compared with"
+        if 0 < len(own) < len(found)
+        else ""
+    )
     title = f"to {_target(found)} test accuracy; steps × seconds of a step {clock}{marked}"
     return TextTable(title, header, [_row(arm, found) for arm in found])
 
@@ -97,7 +108,7 @@ class Terms:
         omega, noise = by_epoch(arm, "extra_variance"), by_epoch(exact, "noise_scale")
         shares = {epoch: 1.0 if math.isinf(b) else b / (1 + b) for epoch, b in noise.items()}
         last = max(shares)
-        self.cost = arm.step_seconds / exact.step_seconds
+        self.cost = relative_step(arm, exact)
         self.multiplier = 1 + statistics.fmean(omega.values())
         self.noise = statistics.fmean(shares.values())
         self.steps = 1 + statistics.fmean(w * shares[min(e, last)] for e, w in omega.items())
