@@ -8,7 +8,7 @@ class is cached, ``torch.compile`` sees one class per kind of layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -17,7 +17,16 @@ from torch import nn
 
 from backsketch.estimators import Sketch
 
-__all__ = ["Swapped", "exact", "is_swapped", "resketch_", "sketch_of", "swap_", "unswap_"]
+__all__ = [
+    "Swapped",
+    "exact",
+    "is_swapped",
+    "resketch_",
+    "sketch_of",
+    "swap_",
+    "switched",
+    "unswap_",
+]
 
 _SKETCH = "_backsketch"
 _EXACT = "_backsketch_exact"
@@ -118,14 +127,20 @@ def exact(model: nn.Module) -> Iterator[None]:
         >>> with bs.exact(model):
         ...     model(torch.randn(8, 4)).sum().backward()
     """
-    swapped = [m for m in model.modules() if isinstance(m, Swapped)]
-    before = [m._backsketch_exact for m in swapped]
+    with switched({m: True for m in model.modules() if isinstance(m, Swapped)}):
+        yield
+
+
+@contextmanager
+def switched(exactly: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Some sketched modules exact (True) or sketched (False) inside; afterwards each is what it was."""
+    before = {module: module.__dict__.get(_EXACT) for module in exactly}
     try:
-        for module in swapped:
-            module._backsketch_exact = True
+        for module, value in exactly.items():
+            module.__dict__[_EXACT] = value
         yield
     finally:
-        for module, value in zip(swapped, before):
-            if value:
-                continue
+        for module, earlier in before.items():
             module.__dict__.pop(_EXACT, None)
+            if earlier is not None and isinstance(module, Swapped):
+                module.__dict__[_EXACT] = earlier

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from backsketch.nn.registry import adapter_of
-from backsketch.planning.replay import Recorder, Replay, exactly, replaying
+from backsketch.nn.swap import switched
+from backsketch.planning.replay import Recorder, Replay, replaying
 from backsketch.planning.sites import Site, Spread, Watch, weight_layers
 from backsketch.regions import RegionModule, state_of
 
@@ -100,7 +101,7 @@ def measure(
         raise Unmeasurable("the arguments of the model were overwritten since the forward pass")
     modules = [site.module for site in sites]
     with replaying(model, call, name) as replay:
-        with exactly(modules):
+        with switched(dict.fromkeys(modules, True)):
             outputs, cotangents, work = _forward(model, replay, with_work)
             parts, factor = _halves(cotangents)
             first = replay.vjp(outputs, parts[0], retain=True)
@@ -122,7 +123,7 @@ def measure(
         single = {}
         for i, keep in alone.items():
             sites[i].set_keep(keep)
-            with exactly(modules[:i] + modules[i + 1 :]):
+            with switched(dict.fromkeys(modules[:i] + modules[i + 1 :], True)):
                 single[i] = _distance(replay.vjp(*replay.forward(2 + i)), exact)
     return Measured(sgd, square, error, single, spreads, work)
 

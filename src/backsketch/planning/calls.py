@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-__all__ = ["Call", "Calls", "backward", "replay", "watching"]
+__all__ = ["Call", "Calls", "backward", "fresh", "replay", "tensors_of", "watching"]
 
 
 @dataclass
@@ -63,7 +63,7 @@ def watching(model: nn.Module, names: Iterable[str]) -> Iterator[Calls]:
 
 def _before(found: list[Call], turns: Iterator[int]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        args, kwargs = pytree.tree_map_only(Tensor, _fresh, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, fresh, (args, kwargs))
         found.append(Call(args, kwargs, turn=next(turns)))
 
     return hook
@@ -78,7 +78,8 @@ def _after(found: list[Call]) -> Callable[..., None]:
     return hook
 
 
-def _fresh(t: Tensor) -> Tensor:
+def fresh(t: Tensor) -> Tensor:
+    """A leaf of the same values, to be called with again."""
     return t.detach().requires_grad_(t.requires_grad)
 
 

@@ -14,28 +14,41 @@ from backsketch.planning.slots import Slot
 from backsketch.regions.rows import scores
 from backsketch.sampling import draw, next_seed, num_kept
 
-__all__ = ["Curves", "curves", "mask_weights", "ratio", "water_filling"]
+__all__ = ["Curves", "curves", "least_errors", "mask_weights", "ratio", "water_filling"]
 
 Curves = dict[tuple[str, str, float], list[float]]
 """``E‖error‖²`` at each keep of the ladder, by place, noise family and mask above (1 is none)."""
 
 
 def water_filling(row_scores: Tensor, kept: Sequence[int]) -> list[float]:
-    """The least ``Σ (1/π_i − 1) s_i²`` with k rows, for each k: one sort for all of them.
+    """The least ``Σ (1/π_i − 1) s_i²`` with k rows, for each k."""
+    s = torch.sort(row_scores.detach().double()).values[None]
+    k = torch.tensor([kept], dtype=s.dtype, device=s.device)
+    return least_errors(s, k)[0].tolist()
 
-    With the j smallest scores below the cap, ``λ = T/f`` (T their sum, f the rows left for them) and the sum is
-    ``λ T − Q`` (Q their squares). The twin for one k is :func:`backsketch.theory.variance.minimal_sampling`.
+
+def least_errors(ascending: Tensor, kept: Tensor) -> Tensor:
+    r"""The least :math:`\sum_i (1/\pi_i - 1) s_i^2` with k rows, for many k from one sort.
+
+    With :math:`S_m = \sum_{i \le m} s_i`, the m smallest of n are below the water level at k draws if and only if
+    :math:`f_m = S_m/s_m + n - m \ge k`, which decreases with m: one binary search for each k. Then
+    :math:`\lambda = S_m/(k - n + m)` and the sum is :math:`\lambda S_m - \sum_{i \le m} s_i^2`. The twin for one k
+    is :func:`backsketch.theory.variance.minimal_sampling`.
+
+    Args:
+        ascending: ``(vectors, n)`` non-negative scores in float64, each vector sorted.
+        kept: ``(vectors, m)`` float64, from one row to those with a positive score, or all n.
+
+    Returns:
+        ``(vectors, m)``.
     """
-    s = torch.sort(row_scores.detach().double()).values
-    n, total, square = s.shape[0], s.cumsum(0), s.square().cumsum(0)
-    free = torch.tensor(kept, device=s.device)[:, None] - torch.arange(
-        n - 1, -1, -1, device=s.device
-    )
-    fits = (free > 0) & (s * free <= total)
-    last = (fits * torch.arange(n, device=s.device)).amax(1)
-    tail = total[last]
-    found = tail * tail / free.gather(1, last[:, None])[:, 0].clamp(min=1) - square[last]
-    return [max(v, 0.0) if k < n else 0.0 for k, v in zip(kept, found.tolist())]
+    s, n = ascending, ascending.shape[1]
+    sums, squares = s.cumsum(1), s.square().cumsum(1)
+    larger = torch.arange(n - 1, -1, -1, dtype=s.dtype, device=s.device)
+    below = torch.where(s > 0, sums / s, torch.inf) + larger
+    last = torch.searchsorted(-below, -kept, right=True).sub_(1).clamp_(min=0)
+    total = sums.gather(1, last)
+    return (total.square() / (kept - larger[last]) - squares.gather(1, last)).clamp(min=0)
 
 
 def mask_weights(output_cotangent: Tensor) -> dict[float, Tensor]:

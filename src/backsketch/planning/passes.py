@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from backsketch.estimators import Sketch
-from backsketch.nn.swap import _EXACT, Swapped, is_swapped, sketch_of
+from backsketch.nn.swap import is_swapped, sketch_of, switched
 from backsketch.regions import RegionModule
 from backsketch.sampling import Keys, keyed
 from backsketch.untouched import repeatable
@@ -118,18 +118,9 @@ class Passes:
 
     @contextmanager
     def _toggled(self, active: Collection[int]) -> Iterator[None]:
-        before = [place.module.__dict__.get(_EXACT) for place in self.places]
         self.active = active
-        try:
-            for place in self.places:
-                assert isinstance(place.module, Swapped)
-                place.module._backsketch_exact = place.index not in active
+        with switched({place.module: place.index not in active for place in self.places}):
             yield
-        finally:
-            for place, value in zip(self.places, before):
-                place.module.__dict__.pop(_EXACT, None)
-                if value is not None:
-                    place.module.__dict__[_EXACT] = value
 
     # Hooks ---------------------------------------------------------------------------------------
 

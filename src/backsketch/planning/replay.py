@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from backsketch.nn.swap import _EXACT
+from backsketch.planning.calls import fresh, tensors_of
 from backsketch.planning.hooks import Hook
 from backsketch.sampling import keyed
 from backsketch.untouched import untouched
 
-__all__ = ["Recorder", "Replay", "exactly", "replaying"]
+__all__ = ["Recorder", "Replay", "replaying"]
 
 
 @dataclass(eq=False)
@@ -104,16 +104,12 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
-
-
 def _differentiable(tree: Any) -> list[Tensor]:
-    return [t for t in _tensors(tree) if t.requires_grad]
+    return [t for t in tensors_of(tree) if t.requires_grad]
 
 
 def _versions(args: Any) -> tuple[int, ...]:
-    return tuple(t._version for t in _tensors(args))
+    return tuple(t._version for t in tensors_of(args))
 
 
 # --- running it again -------------------------------------------------------------------------------
@@ -134,7 +130,7 @@ class Replay:
         for state in self.call.states[1:]:
             torch.cuda.set_rng_state(state, _device(self.model))
         self.restart(number)
-        args, kwargs = pytree.tree_map_only(Tensor, _fresh, self.call.args)
+        args, kwargs = pytree.tree_map_only(Tensor, fresh, self.call.args)
         kind, dtype, on = self.call.autocast
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled=on):
             outputs = _differentiable(self.model(*args, **kwargs))
@@ -157,22 +153,3 @@ def replaying(model: nn.Module, call: _Call, name: int) -> Iterator[Replay]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     with untouched(model, training=True, seed=0), keyed() as keys:
         yield Replay(model, call, parameters, lambda number: keys.restart(name, number))
-
-
-@contextmanager
-def exactly(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Exact gradients of some sketched modules inside."""
-    before = [m.__dict__.get(_EXACT) for m in modules]
-    try:
-        for module in modules:
-            module.__dict__[_EXACT] = True
-        yield
-    finally:
-        for module, value in zip(modules, before):
-            module.__dict__.pop(_EXACT)
-            if value is not None:
-                module.__dict__[_EXACT] = value
-
-
-def _fresh(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_() if t.requires_grad else t

@@ -17,6 +17,7 @@ from backsketch.estimators import Columns, Rows, Sketch, Split, StoredRows
 from backsketch.nn.registry import adapter_of
 from backsketch.nn.swap import resketch_, sketch_of
 from backsketch.planning.hooks import Hook
+from backsketch.planning.observe import least_errors
 from backsketch.planning.passes import places
 from backsketch.regions import Mask, Region
 from backsketch.regions.rows import scores
@@ -110,12 +111,7 @@ class Spread:
 
 
 def spread(row_scores: Tensor, keeps: Sequence[float], live_only: bool = True) -> Spread:
-    r"""The water-filling variance of vectors of scores at all keeps, from one sort; summed over the vectors.
-
-    With the scores in ascending order and :math:`S_m = \sum_{i \le m} s_i`, the m smallest of n are below the
-    water level at k draws if and only if :math:`f_m = S_m/s_m + n - m \ge k`, which decreases with m: one binary
-    search for each k. Then :math:`\lambda = S_m/(k - n + m)` and
-    :math:`\sum_i (1/\pi_i - 1) s_i^2 = \lambda S_m - \sum_{i \le m} s_i^2`.
+    """The water-filling variance of vectors of scores at all keeps, summed over the vectors.
 
     Args:
         row_scores: ``(vectors, n)`` or ``(n,)``, non-negative.
@@ -129,14 +125,8 @@ def spread(row_scores: Tensor, keeps: Sequence[float], live_only: bool = True) -
     fractions = torch.tensor(keeps, dtype=s.dtype, device=s.device)
     counted = (s > 0).sum(1, keepdim=True) if live_only else torch.full_like(s[:, :1], n)
     k = (fractions * counted - 1e-6).ceil().clamp(min=1)  # as sampling.num_kept
-    s = torch.sort(s).values
-    sums, squares = s.cumsum(1), s.square().cumsum(1)
-    larger = torch.arange(n - 1, -1, -1, dtype=s.dtype, device=s.device)
-    below = torch.where(s > 0, sums / s, torch.inf) + larger
-    last = torch.searchsorted(-below, -k, right=True).sub_(1).clamp_(min=0)
-    total = sums.gather(1, last)
-    errors = total.square() / (k - larger[last]) - squares.gather(1, last)
-    *found, energy = torch.cat([errors.clamp(min=0).sum(0), squares[:, -1].sum()[None]]).tolist()
+    errors = least_errors(torch.sort(s).values, k).sum(0)
+    *found, energy = torch.cat([errors, s.square().sum()[None]]).tolist()
     by_keep = tuple(0.0 if keep >= 1 else e for keep, e in zip(keeps, found))
     return Spread(by_keep, energy, s.shape[0])
 

@@ -47,7 +47,8 @@ class Auto:
 
     def before(self, trainer: Trainer) -> None:
         """To be called before every step; the one after the warm-up begins with the profile."""
-        if self.rules is None and len(trainer.history.losses) + trainer.sitting >= self.start:
+        steps = trainer.epoch * trainer.batches.steps_per_epoch + trainer.step
+        if self.rules is None and steps >= self.start:
             began = trainer.now()
             self._choose(trainer)
             self.seconds = trainer.now() - began

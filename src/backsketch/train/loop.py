@@ -85,7 +85,6 @@ class Trainer:
         if self.sketched:
             bs.seed(config.seed)
         self.epoch, self.step = 0, 0  # step counts within the epoch
-        self.sitting = 0  # steps that the history does not have yet
         self.history = History()
 
     def fit(self, progress: TrainProgress, stop: StopRequest) -> None:
@@ -217,11 +216,9 @@ class Trainer:
     def _train_until(self, due: int, progress: TrainProgress, stop: StopRequest) -> bool:
         """Steps to a step of the epoch or to a stop; returns whether there was one."""
         self.model.train()
-        losses: list[Tensor] = []
-        clock, stopped = StepClock(self.accelerator.device, self.now), False
+        clock, losses, stopped = StepClock(self.accelerator.device, self.now), [], False
         for micro_batches in self.batches.train(self.epoch, self.step):
             if self.auto is not None:
-                self.sitting = len(losses)
                 self.auto.before(self)
             losses.append(self._optimizer_step(micro_batches))
             clock.tick()
