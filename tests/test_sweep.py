@@ -152,6 +152,22 @@ def test_a_sweep_killed_before_it_was_gathered_is_gathered_next_time(counting, t
     assert not (tmp_path / "counted" / "jobs").exists()
 
 
+@pytest.mark.parametrize("kept", [[1], [1, 4]], ids=["nothing to run", "something to run"])
+def test_a_smaller_configuration_loses_no_result_and_reports_only_its_own(counting, tmp_path, kept):
+    folder = tmp_path / "counted"
+    whole = counting(number=[1, 2, 3])
+    run_sweep(whole, tmp_path, console=quiet())
+    run_sweep(counting(number=kept), tmp_path, console=quiet())
+    assert [options["number"] for options, _ in Sweep.load(folder).done("counted")] == kept
+    ran = counting.runs()
+    run_sweep(whole, tmp_path, console=quiet())
+    assert counting.runs() == ran
+    assert len(Sweep.load(folder).jobs) == 3
+    run_sweep(counting(number=[1, 2, 3, 4]), tmp_path, console=quiet())
+    assert sorted(counting.runs()) == [1, 2, 3, 4]
+    assert sorted(path.name for path in folder.iterdir()) == ["sweep.json"]
+
+
 def test_a_failed_job_is_recorded_stops_nothing_and_is_tried_again(counting, tmp_path):
     config = counting(number=[1, 2], how=["fails", "well"])
     failed = run_sweep(config, tmp_path, console=quiet())

@@ -2,7 +2,9 @@
 
 ``FOLDER/jobs/ID.json`` is written the moment a job ends, whole or not at all, so that a sweep that is
 killed continues. When the sweep is complete they are gathered in ``FOLDER/sweep.json``: one file, readable
-in a diff, instead of hundreds. A fresh clone that has only the latter finds every job finished.
+in a diff, instead of hundreds. A fresh clone that has only the latter finds every job finished. Results of jobs
+that the configuration no longer names go to ``FOLDER/earlier.json``: no report shows them, and they come back with
+their jobs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from backsketch.experiments.config import Job, SweepConfig, SweepError
 
 __all__ = ["Store", "Sweep"]
 
-SWEEP, JOBS = "sweep.json", "jobs"
+SWEEP, JOBS, EARLIER = "sweep.json", "jobs", "earlier.json"
 
 
 class Store:
@@ -30,23 +32,25 @@ class Store:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Every record by job id; a job's own file is newer than the gathered one."""
-        found = {}
-        gathered = self.folder / SWEEP
-        if gathered.is_file():
-            found = {record["id"]: record for record in _read(gathered)["jobs"]}
-        for path in sorted((self.folder / JOBS).glob("*.json")):
-            record = _read(path)
-            found[record["id"]] = record
-        return found
+        found = [*self._listed(EARLIER), *self._listed(SWEEP)]
+        found += [_read(path) for path in sorted((self.folder / JOBS).glob("*.json"))]
+        return {record["id"]: record for record in found}
+
+    def _listed(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        return list(_read(path)["jobs"]) if path.is_file() else []
 
     def finished(self) -> set[str]:
         """Ids of the jobs that need not run again; failed ones are tried again."""
         return {i for i, record in self.records().items() if record["status"] == "done"}
 
-    @property
-    def is_scattered(self) -> bool:
-        """Whether there are records that were never gathered: the sweep was killed between the two."""
-        return (self.folder / JOBS).is_dir()
+    def is_gathered(self, config: SweepConfig) -> bool:
+        """Whether ``sweep.json`` holds the jobs of this configuration and no others.
+
+        It does not after a sweep was killed before its results were gathered, or under another configuration.
+        """
+        listed = {record["id"] for record in self._listed(SWEEP)}
+        return listed == {job.id for job in config.jobs()} and not (self.folder / JOBS).is_dir()
 
     def save(self, job: Job, record: Mapping[str, Any]) -> None:
         """Write the outcome of a job."""
@@ -54,10 +58,15 @@ class Store:
         write(self.folder / JOBS / f"{job.id}.json", {**head, **record})
 
     def gather(self, config: SweepConfig) -> None:
-        """Write all records of a sweep's jobs into one file, and drop the single ones."""
+        """Write the records of a sweep's jobs into one file, those of other jobs aside, and drop single ones."""
         records = self.records()
-        jobs = [records[job.id] for job in config.jobs() if job.id in records]
+        jobs = [records.pop(job.id) for job in config.jobs() if job.id in records]
+        earlier = self.folder / EARLIER
+        if records:
+            write(earlier, {"name": config.name, "jobs": list(records.values())})
         write(self.folder / SWEEP, {**_head(config), "machine": machine(), "jobs": jobs})
+        if not records:
+            earlier.unlink(missing_ok=True)
         for path in (self.folder / JOBS).glob("*.json"):
             path.unlink()
         if (self.folder / JOBS).is_dir():

@@ -31,6 +31,7 @@ def run_sweep(
 
     Idempotent: with all results there it does nothing. After an interruption of any kind it continues
     with what is missing; failed jobs are recorded, do not stop the others, and are tried again next time.
+    Results of jobs that the configuration no longer names are put aside, and found again when it does.
 
     Args:
         config: the sweep.
@@ -59,7 +60,7 @@ def run_sweep(
             live.ended(job, record)
             if record["status"] == "failed":
                 failed.append(job.label)
-    if missing or store.is_scattered:
+    if missing or not store.is_gathered(config):
         store.gather(config)
     else:
         store.describe(config)
