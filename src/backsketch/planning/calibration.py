@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from backsketch.nn.registry import adapter_of
 from backsketch.nn.swap import switched
+from backsketch.planning.ranks import summed
 from backsketch.planning.replay import Recorder, Replay, replaying
 from backsketch.planning.sites import Site, Spread, Watch, weight_layers
 from backsketch.regions import RegionModule, state_of
 
-__all__ = ["Measured", "Unmeasurable", "Work", "measure"]
+__all__ = ["Measured", "Unmeasurable", "Work", "measure", "over_ranks"]
 
 
 class Unmeasurable(Exception):
@@ -197,3 +198,46 @@ def _counter(work: dict[str, Work], name: str):  # type: ignore[no-untyped-def]
         work[name] = Work(before.size + size, products)
 
     return after
+
+
+# --- of several processes ---------------------------------------------------------------------------
+
+
+def over_ranks(
+    measured: Measured | None, sites: int, keeps: int, layers: Sequence[str], device: torch.device
+) -> Measured | None:
+    """The sums over the ranks that could measure, and the mean of their work; the same on all.
+
+    A rank measures everything or, ``measured`` being None there, nothing: all sums are over the same ranks.
+
+    Returns:
+        None where no rank could measure, a number is not finite, or SGD's own variance is zero.
+    """
+    numbers = [0.0] * (4 + (4 + keeps) * sites + 2 * len(layers))
+    if measured is not None:
+        numbers = [1.0, measured.sgd, measured.square, measured.error]
+        for i in range(sites):
+            found = measured.spreads.get(i, Spread((0.0,) * keeps, 0.0, 0))
+            numbers += [float(i in measured.alone), measured.alone.get(i, 0.0)]
+            numbers += [float(found.count), found.energy, *found.errors]
+        for layer in layers:
+            one = measured.work.get(layer, Work(0.0, 0))
+            numbers += [one.size, one.size * one.products]
+    _, rows = summed(numbers, device)
+    count, sgd, square, error = rows[:4]
+    if not all(map(math.isfinite, rows)) or not sgd > 0:
+        return None
+    rest = iter(rows[4:])
+    alone, spreads, work = {}, {}, {}
+    for i in range(sites):
+        was_alone, alone_error, cotangents, energy = (next(rest) for _ in range(4))
+        errors = tuple(next(rest) for _ in range(keeps))
+        if was_alone:
+            alone[i] = alone_error
+        if energy > 0:
+            spreads[i] = Spread(errors, energy, round(cotangents))
+    for layer in layers:
+        size, backward = next(rest), next(rest)
+        if size:
+            work[layer] = Work(size / count, round(backward / size))
+    return Measured(sgd, square, error, alone, spreads, work)

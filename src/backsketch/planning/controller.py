@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from backsketch.planning.calibration import Measured, Unmeasurable, Work, measure
+from backsketch.planning.calibration import Measured, Unmeasurable, measure, over_ranks
 from backsketch.planning.decision import Choice, Costs, choose_keeps
 from backsketch.planning.estimate import Estimate
 from backsketch.planning.families import FINE_LADDER
 from backsketch.planning.ranks import summed
 from backsketch.planning.record import Profile
 from backsketch.planning.replay import Recorder
-from backsketch.planning.sites import Site, Spread, Watch, find_sites, spread
+from backsketch.planning.sites import Site, Spread, Watch, find_sites, spread, weight_layers
 from backsketch.regions import Region, state_of
 from backsketch.rules import unwrap
 from backsketch.theory.advice import effective_batch, learning_rate_factor
@@ -343,27 +343,17 @@ class Controller:
     ) -> tuple[Measured | None, int, float, float]:
         """The sums over all ranks, micro-batches in all, seconds per step and of this measurement."""
         assert self._began is not None
-        m, size = measured, len(self._estimate.ladder)
         elapsed = time.perf_counter() - self._began - seconds - self._spent
         rows = [seconds, max(elapsed, 0.0) / self._steps, float(count)]
-        rows += [m.sgd, m.square, m.error] if m else [0.0, 0.0, 0.0]
-        for i in range(len(self._sites)):
-            rows += [m.alone.get(i, -1.0) if m else -1.0]
-            found = m.spreads.get(i) if m else None
-            rows += [found.energy, *found.errors] if found else [0.0] * (1 + size)
-        ranks, rows = summed(rows, self._device)
-        used, per_step, replicas = rows[0] / ranks, rows[1] / ranks, max(round(rows[2]), 1)
-        if not all(map(math.isfinite, rows)) or not rows[3] > 0:
-            return None, replicas, per_step, used
-        alone, spreads, width = {}, {}, 2 + size
-        for i in range(len(self._sites)):
-            one, energy, *errors = rows[6 + i * width : 6 + (i + 1) * width]
-            if one >= 0:
-                alone[i] = one
-            if energy > 0:
-                spreads[i] = Spread(tuple(errors), energy)
-        work: dict[str, Work] = m.work if m else {}
-        return Measured(rows[3], rows[4], rows[5], alone, spreads, work), replicas, per_step, used
+        ranks, (used, per_step, replicas) = summed(rows, self._device)
+        total = over_ranks(
+            measured,
+            len(self._sites),
+            len(self._estimate.ladder),
+            list(weight_layers(self._model)),
+            self._device,
+        )
+        return total, max(round(replicas), 1), per_step / ranks, used / ranks
 
     def _schedule(self, seconds: float, per_step: float) -> None:
         """Steps to the next measurement: twice the last gap, until that is the interval."""
