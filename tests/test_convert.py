@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +147,38 @@ def test_a_subclass_that_keeps_its_forward_is_sketched_and_stays_what_it_is():
     assert model[0].describe() == "mine: 3"
     bs.restore_(model)
     assert type(model[0]) is Named
+
+
+class Keyed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, features: Tensor, scale: float = 1.0) -> Tensor:
+        return self.inner(features) * scale
+
+
+@pytest.mark.parametrize("sketch", [bs.Region(keep=0.5), bs.Mask(keep=0.5)], ids=["region", "mask"])
+class TestForward:
+    def test_it_keeps_its_signature(self, sketch):
+        """Trainers choose the columns of a dataset by it."""
+        model = Keyed()
+        bs.sketch_(model, sketch)
+        assert list(inspect.signature(model.forward).parameters) == ["features", "scale"]
+
+    def test_a_copy_on_the_instance_outlives_the_sketch(self, sketch):
+        """Accelerate puts one there under mixed precision."""
+        model, x = Keyed(), torch.randn(8, 4)
+        bs.sketch_(model, sketch)
+        model.forward = types.MethodType(model.forward.__func__, model)
+        model(x).square().sum().backward()
+        bs.restore_(model)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        (expected,) = torch.autograd.grad(
+            Keyed.forward(model, x).square().sum(), model.inner.weight
+        )
+        assert torch.equal(model.inner.weight.grad, expected)
 
 
 class Shared(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,6 +212,15 @@ def test_batch_first_false_attention_runs_exactly() -> None:
 
     state = run(TimeFirst(), torch.randn(5, 6, 8))
     assert state.status == "exact"
+
+
+@pytest.mark.parametrize("sketch", [Region(keep=0.5), Mask(keep=0.5)], ids=["region", "mask"])
+def test_a_forward_on_the_instance_would_bypass_the_sketch_and_is_refused(sketch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.forward = types.MethodType(nn.Sequential.forward, model)
+    with pytest.raises(ValueError, match="replaced on the instance"):
+        bs.sketch_(model, sketch)
+    assert type(model) is nn.Sequential
 
 
 # --- what cannot be captured ------------------------------------------------------------------------

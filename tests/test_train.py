@@ -545,6 +545,40 @@ class TestAuto:
         for name, tensor in resumed.core.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
 
+    def test_a_finished_run_that_is_resumed_tells_the_same(self, tmp_path, monkeypatch):
+        only_saves(monkeypatch, "save")
+        data = toy()
+        whole = fit(trainer_of(self.job(data), data, tmp_path / "c.pt"))
+        again = trainer_of(self.job(data), data, tmp_path / "c.pt")
+        again.load()
+        fit(again)
+        assert again.cost == whole.cost
+        assert result_of(again, 0.0)["auto"] == result_of(whole, 0.0)["auto"]
+
+    def under_a_region(self, path, keep: float, **options):
+        data = toy()
+        trainer = trainer_of(self.job(data, **options), data, path)
+        trainer.auto.rules = {"": f"region:keep={keep}"}
+        trainer.auto._apply(trainer, None)
+        trainer.prove()
+        return trainer
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_a_region_over_the_model_acts_under_mixed_precision(self, tmp_path, precision):
+        trainer = self.under_a_region(tmp_path / "c.pt", 0.25, precision=precision)
+        assert trainer.cost["backward_flops_ratio"] < 0.3
+
+    def test_arithmetic_is_the_mean_over_the_steps_and_not_that_at_the_end(self, tmp_path):
+        trainer = self.under_a_region(tmp_path / "c.pt", 0.25)
+        at_the_end = trainer.cost["backward_flops_ratio"]
+        trainer.history.losses = [1.0] * 12
+        trainer.auto.steps_at.update({(1.0,): 5, (0.25,): 4})  # and three before the profile
+        mean = trainer.auto.mean_arithmetic(trainer)
+        assert mean == pytest.approx((8 + 4 * at_the_end) / 12)
+        assert trainer.auto.controller.keeps == {"": 0.25}
+        trainer.prove()
+        assert trainer.cost["backward_flops_ratio"] == at_the_end
+
     def test_a_tiny_model_is_trained_exactly_and_says_so(self, tmp_path):
         console = Console(record=True, file=io.StringIO(), width=500)
         options = {**SMALL, "epochs": 1, "sketch": "auto"}

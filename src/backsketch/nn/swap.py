@@ -8,7 +8,8 @@ class is cached, ``torch.compile`` sees one class per kind of layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -68,10 +69,24 @@ def _swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[Swap
             "_mixin_class": mixin,
             "__module__": original.__module__,
             "__doc__": original.__doc__,
+            "forward": _forward(mixin, original),
         }
         cls: Any = type(f"Sketched{original.__name__}", (mixin, original), body)
         _CLASSES[key] = cls
     return _CLASSES[key]
+
+
+def _forward(mixin: type[Swapped], original: type[nn.Module]) -> Callable[..., Any]:
+    """The mixin's forward pass under the signature of the original one, which trainers read column names from."""
+    sketched = mixin.forward
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Swapped):  # a copy on the instance has outlived the sketch
+            return type(self).forward(self, *args, **kwargs)
+        return sketched(self, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(

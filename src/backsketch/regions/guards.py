@@ -12,10 +12,15 @@ __all__ = ["refusal"]
 
 
 def refusal(module: nn.Module, sketch: Region | Mask) -> str | None:
-    """Why ``module`` cannot be a region, or None where running it has to tell.
+    """Why ``module`` cannot be a region or masked, or None where running it has to tell.
 
-    A mask acts on an output, whatever made it: it is never refused here.
+    A mask acts on an output, whatever made it.
     """
+    if "forward" in module.__dict__:
+        return (
+            "its forward was replaced on the instance, which would bypass the sketch; accelerate does that under "
+            "mixed precision: sketch the model before accelerator.prepare"
+        )
     if isinstance(sketch, Mask):
         return None
     for name, child in module.named_modules():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
 import backsketch as bs
 from backsketch.planning.record import Option, SlotProfile
-from backsketch.planning.sites import find_sites
+from backsketch.planning.sites import Site, find_sites
+from backsketch.train import measure
 
 if TYPE_CHECKING:
     from backsketch.train.loop import Trainer
@@ -32,6 +34,7 @@ class Auto:
         rules: pattern to text of a sketch; empty where the run is exact, None before the profile.
         reason: why it is exact, or what the plan said.
         seconds: what the profile took; they are part of the training's.
+        steps_at: how many steps were made at which keeps of the sketched places, the exact first ones apart.
     """
 
     def __init__(self, total_steps: int) -> None:
@@ -43,6 +46,7 @@ class Auto:
         self.rules: dict[str, str] | None = None
         self.reason = ""
         self.seconds = 0.0
+        self.steps_at: Counter[tuple[float, ...]] = Counter()
         self.controller: bs.Controller | None = None
 
     def before(self, trainer: Trainer) -> None:
@@ -55,8 +59,25 @@ class Auto:
 
     def after(self) -> None:
         """To be called between the backward pass and the optimizer's step."""
+        if self.rules:
+            self.steps_at[self._keeps()] += 1
         if self.controller is not None:
             self.controller.step()
+
+    def mean_arithmetic(self, trainer: Trainer) -> float:
+        """Matrix products of the backward passes over those of exact ones, the mean over the steps of the run."""
+        batch = trainer.micro_batch(0, 0)
+        exact = len(trainer.history.losses) - self.steps_at.total()
+        arithmetic = float(exact)
+        sites, now = find_sites(trainer.core), self._keeps()
+        for keeps, count in self.steps_at.items():
+            _set(sites, keeps)
+            arithmetic += count * measure.backward_flops_ratio(trainer.core, batch, trainer.loss)
+        _set(sites, now)
+        return arithmetic / len(trainer.history.losses)
+
+    def _keeps(self) -> tuple[float, ...]:
+        return () if self.controller is None else tuple(self.controller.keeps.values())
 
     def _choose(self, trainer: Trainer) -> None:
         last = trainer.batches.steps_per_epoch
@@ -103,17 +124,24 @@ class Auto:
             "rules": self.rules,
             "reason": self.reason,
             "seconds": self.seconds,
+            "steps_at": [[list(keeps), count] for keeps, count in self.steps_at.items()],
             "controller": None if control is None else control.state_dict(),
         }
 
     def load_state_dict(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
         """Continue; the regions prove themselves at once, as they had in the run that was saved."""
         self.rules, self.reason, self.seconds = (state[k] for k in ("rules", "reason", "seconds"))
+        self.steps_at = Counter({tuple(keeps): count for keeps, count in state.get("steps_at", [])})
         if self.rules:
             self._apply(trainer, None)
             trainer.prove()
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
+
+
+def _set(sites: Sequence[Site], keeps: Sequence[float]) -> None:
+    for site, keep in zip(sites, keeps):  # none where nothing can be moved
+        site.set_keep(keep)
 
 
 def _structure(profile: bs.Profile) -> tuple[dict[str, str], str]:

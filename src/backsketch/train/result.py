@@ -30,8 +30,9 @@ def result_of(trainer: Trainer, setup_seconds: float) -> dict[str, Any]:
     only; `backward_flops_ratio`, matrix products of a backward pass over those of the exact one;
     `peak_saved_bytes`, kept for the backward in one step; `extra_variance`, mean over the
     measurements in `extra_variance_by_epoch`; `diverged`; `config`, `data`, `versions`, `device`,
-    `processes`; for the sketch `auto` what it chose, changed and advises, under that key, and the
-    arithmetic at the end; `evaluations` and `curve`, the run over time.
+    `processes`; for the sketch `auto` what it chose, changed and advises, under that key (the arithmetic
+    is then the mean over the steps of the run, the bytes those at its end); `evaluations` and `curve`, the run
+    over time.
     """
     history, final = trainer.history, trainer.history.evaluations[-1]
     train_loss = trainer.last_epoch_loss()
@@ -123,15 +124,18 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """One sentence: did the sketch pay here, in time per step."""
+    """One sentence: did the sketch pay here, in time per step; of `auto`, whose steps differ, in all."""
     exact = result["exact"]
-    ratio = result["step_seconds_median"] / exact["step_seconds_median"]
+    key, what = (
+        ("train_seconds", "the run") if "auto" in result else ("step_seconds_median", "a step")
+    )
+    ratio = result[key] / exact[key]
     flops = 1 - result["backward_flops_ratio"]
     gap = 100 * (result["test_accuracy"] - exact["test_accuracy"])
     pays = (
-        f"a step takes {1 - ratio:.0%} less time"
+        f"{what} takes {1 - ratio:.0%} less time"
         if ratio < 1
-        else f"a step takes {ratio - 1:.0%} more time: at these sizes the sketch does not pay here"
+        else f"{what} takes {ratio - 1:.0%} more time: at these sizes the sketch does not pay here"
     )
     return (
         f"{flops:.0%} less arithmetic in the backward pass, {gap:+.1f} points of accuracy; {pays}."

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+import backsketch as bs
 from backsketch.experiments.problems.data import dataset
 from backsketch.theory.noise import GradientSums
 from backsketch.train import measure
@@ -102,7 +103,7 @@ def run(options: Training) -> dict[str, Any]:
 
     ``evaluations`` and ``curve`` hold steps; ``seconds`` is processor time of the training steps of this
     process (meant for one thread), evaluation and measurements excluded. ``backward_flops`` is that of the
-    matrix products in one backward pass.
+    matrix products in one backward pass, under ``auto`` the mean over the run.
     """
     data = dataset(options.data, options.limit, options.limit_test)
     config = config_of(options, data)
@@ -112,10 +113,9 @@ def run(options: Training) -> dict[str, Any]:
         checkpoint = Path(folder) / "checkpoint.pt"
         trainer = WatchedTrainer(config, data, accelerator, checkpoint, now=time.process_time)
         trainer.fit(TrainProgress(Console(quiet=True), enabled=False), StopRequest())
-        backward_flops = measure.backward_flops(
-            trainer.core, trainer.micro_batch(0, 0), trainer.loss
-        )
-    return {**record(trainer), "backward_flops": backward_flops}
+        with bs.exact(trainer.core):
+            exact = measure.backward_flops(trainer.core, trainer.micro_batch(0, 0), trainer.loss)
+    return {**record(trainer), "backward_flops": exact * trainer.cost["backward_flops_ratio"]}
 
 
 def record(trainer: WatchedTrainer) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class Arm:
         return self.first.options.get("sketch", "none") == "none"
 
     @property
+    def is_even(self) -> bool:
+        """Whether all of its steps have the same arithmetic."""
+        return not self.checkpointed and self.first.options.get("sketch") != "auto"
+
+    @property
     def model(self) -> str:
         """What else was changed: arms of other models are not compared with each other."""
         return json.dumps(self.first.options.get("train", {}), sort_keys=True)

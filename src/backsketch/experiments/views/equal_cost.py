@@ -70,7 +70,7 @@ def _row(arm: Arm, found: Sequence[Arm]) -> tuple[str, ...]:
         f"{1e3 * arm.step_seconds:.1f} ms" + _mark(arm, found),
         _with_error(list((arm.seconds or {}).values()), "{:.1f} s") if arrived else "",
         "" if ratio is None else _pair(*ratio, form="{:.2f}"),
-        f"{statistics.fmean(flops):.0f}" if arrived and not arm.checkpointed else "",
+        f"{statistics.fmean(flops):.0f}" if arrived and arm.is_even else "",
         _with_error([100 * a for a in arm.accuracies], "{:.2f} %"),
         f"{arm.saved_bytes / 2**20:.1f} MiB",
         str(len(arm.runs)),
