@@ -176,6 +176,19 @@ def test_every_way_to_draw_many_rows_gives_the_same(n):
         assert_same(samples)
 
 
+@pytest.mark.parametrize("n", [20, 2000])
+@pytest.mark.parametrize("tiny", [0.0, 1e-30])
+def test_every_way_to_draw_takes_k_equal_scores_among_tiny_ones_surely(n, tiny):
+    """Their mean, the first level, may be rounded to below them."""
+    for k in range(2, 13):
+        for score in torch.linspace(0.1, 1, 8, dtype=torch.float64):
+            scores = torch.full((n,), tiny, dtype=torch.float64)
+            scores[:k] = score
+            for sample in drawn_each_way(scores, k, torch.tensor(k)).values():
+                assert sample.indices.tolist() == list(range(k))
+                torch.testing.assert_close(sample.weights, torch.ones(k, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_every_way_to_draw_takes_what_is_not_finite(bad):
     scores = torch.tensor([1.0, bad, 2.0, float("inf"), 0.0])

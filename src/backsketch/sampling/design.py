@@ -90,7 +90,8 @@ def _level_by_passes(s: Tensor, k: int) -> Tensor:
     The level only falls, so the sure rows only grow, and there are fewer than k of them.
     """
     sure, lam = 0, s.sum() / k
-    while (found := int((over := s > lam).sum())) > sure:
+    # k rows above the level: k equal scores, whose mean was rounded down.
+    while sure < (found := int((over := s > lam).sum())) < k:
         sure = found
         lam = s.masked_fill(over, 0.0).sum() / (k - sure)
     return lam

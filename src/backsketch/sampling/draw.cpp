@@ -13,7 +13,8 @@ namespace {
 using i64 = int64_t;
 
 // The level lambda with sum_i min(1, s_i / lambda) = k: raise the number of sure rows until it is stable.
-// The level only falls, so the sure rows only grow, and there are fewer than k of them.
+// The level only falls, so the sure rows only grow, and there are fewer than k of them. More than k scores
+// are positive.
 template <typename T>
 double water_level(const T *__restrict s, i64 n, i64 k, double sum) {
   i64 sure = 0;
@@ -27,9 +28,9 @@ double water_level(const T *__restrict s, i64 n, i64 k, double sum) {
       over += is_over;
       rest += is_over ? 0.0 : (double)s[i];
     }
-    if (over <= sure) return level;
+    // k rows above the level: k equal scores, whose mean was rounded down.
+    if (over <= sure || over >= k) return level;
     sure = over;
-    if (rest <= 0 || sure >= k) return 0;  // rows with a score are all sure, and others fill up
     level = rest / (k - sure);
   }
 }
