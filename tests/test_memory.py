@@ -181,6 +181,30 @@ def test_measuring_leaves_no_trace():
         assert not module._forward_pre_hooks
 
 
+class Counts(nn.Module):
+    """Buffers changed in place, assigned anew, and none at first."""
+
+    def __init__(self, seen: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("seen", seen)
+        self.register_buffer("last", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        self.seen, self.last = self.seen + 1, x.detach()
+        return x
+
+
+def test_measuring_puts_back_buffers_that_the_model_assigns_anew():
+    seen = torch.zeros(())
+    model = nn.Sequential(Counts(seen), nn.Linear(32, 8), Counts(seen))
+    bs.saved_bytes(model, torch.randn(64, 32))
+    assert float(seen) == 0
+    for counts in (model[0], model[2]):
+        assert counts.seen is seen
+        assert counts.last is None
+
+
 def test_an_error_in_the_model_removes_the_hooks():
     model = TwoUses()
     with pytest.raises(RuntimeError):

@@ -42,13 +42,20 @@ def untouched(
 def repeatable(model: nn.Module, seed: int | None) -> Iterator[None]:
     """PyTorch's stream and the buffers as before afterwards: two such blocks see the same dropout masks."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    values = [(b, b.detach().clone()) for b in model.buffers()]
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)
         try:
             yield
         finally:
+            for own, name, buffer in buffers:  # a module may have assigned another
+                own[name] = buffer
             with torch.no_grad():
-                for buffer, value in buffers:
+                for buffer, value in values:
                     buffer.copy_(value)
