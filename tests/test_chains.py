@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import backsketch as bs
@@ -248,6 +250,25 @@ def test_double_precision_is_kept():
     for a, b in zip(gradients(module, x.double()), gradients(other, x.double())):
         assert b.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "exact", "arguments", "shape"),
+    [
+        (bs.ops.layer_norm, F.layer_norm, ((3, 4),), (3, 4)),
+        (bs.ops.group_norm, F.group_norm, (3,), (3,)),
+        (bs.ops.batch_norm, partial(F.batch_norm, training=True), (None, None), (3,)),
+    ],
+    ids=["layer", "group", "batch"],
+)
+def test_a_bias_without_a_weight_has_its_gradient(norm, exact, arguments, shape):
+    x, bias = torch.randn(5, 3, 4, requires_grad=True), torch.randn(shape, requires_grad=True)
+    # Weights of one: PyTorch's own group norm raises without a weight.
+    expected = exact(x, *arguments, torch.ones(shape), bias)
+    cheap = norm(x, *arguments, None, bias, sketch=TWO_BITS)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y.square().sum(), (x, bias))[1] for y in (cheap, expected))
+    )
 
 
 # The report -------------------------------------------------------------------------------------------

@@ -220,8 +220,9 @@ class _SavedInBits(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        norm, rounding, x, weight, *_ = inputs
-        ctx.norm, ctx.rounding, ctx.dtype = norm, rounding, x.dtype
+        norm, rounding, x, weight, bias, *_ = inputs
+        ctx.norm, ctx.rounding = norm, rounding
+        ctx.likes = tuple(None if t is None else (t.shape, t.dtype) for t in (x, weight, bias))
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, *output[1:5])
@@ -231,10 +232,9 @@ class _SavedInBits(Function):
         gradients: tuple[Any, ...] = (None, None, None)
         if cotangent is not None:
             gradients = once(_vjp, ctx.norm, ctx.rounding, cotangent, *ctx.saved_tensors)
-            gradients = (gradients[0].to(ctx.dtype), *gradients[1:])
             gradients = tuple(
-                grad if needed else None
-                for grad, needed in zip(gradients, ctx.needs_input_grad[2:5])
+                grad.view(like[0]).to(like[1]) if needed else None
+                for grad, like, needed in zip(gradients, ctx.likes, ctx.needs_input_grad[2:5])
             )
         return (None, None, *gradients, *[None] * (len(ctx.needs_input_grad) - 5))
 
@@ -248,13 +248,9 @@ def _vjp(
     rstd: Tensor,
     codes: Tensor,
     scales: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = [None if t is None else t.to(scales.dtype) for t in (cotangent, weight, mean, rstd)]
-    grad_x, *others = norm.vjp(rounding, *wide, (codes, scales))  # type: ignore[arg-type, call-arg]
-    if weight is None:
-        return grad_x.view(cotangent.shape), None, None
-    of_weight, of_bias = (t.view(weight.shape).to(weight.dtype) for t in others)
-    return grad_x.view(cotangent.shape), of_weight, of_bias
+    return norm.vjp(rounding, *wide, (codes, scales))  # type: ignore[arg-type, call-arg]
 
 
 def _apply(
