@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -269,6 +270,46 @@ def test_a_bias_without_a_weight_has_its_gradient(norm, exact, arguments, shape)
     torch.testing.assert_close(
         *(torch.autograd.grad(y.square().sum(), (x, bias))[1] for y in (cheap, expected))
     )
+
+
+EIGHT_BITS = bs.Quantized(bits=8)
+
+
+def attended(attend: Callable[..., Tensor], *operands: Tensor, **options: object) -> list[Tensor]:
+    """The gradients of queries, keys and values for a fixed cotangent."""
+    operands = tuple(t.detach().requires_grad_() for t in operands)
+    y = attend(*operands, **options)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    return list(torch.autograd.grad(y, operands, g.to(y)))
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_a_query_without_any_key_has_no_gradient_and_spoils_no_other(kind):
+    """Padding on the left and a causal mask leave such queries."""
+    mask = torch.ones(2, 16, 16, dtype=torch.bool).tril()
+    mask[0, :, :3] = False
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    operands = [torch.randn(2, 16, 16) for _ in range(3)]
+    exact = attended(F.scaled_dot_product_attention, *operands, attn_mask=mask)
+    cheap = attended(bs.ops.attention, *operands, mask=mask, sketch=EIGHT_BITS)
+    for a, b in zip(exact, cheap):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.1)
+    operands[0][0, 0, 0] = math.nan
+    assert attended(bs.ops.attention, *operands, mask=mask, sketch=EIGHT_BITS)[0].isnan().any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bfloat16_is_off_by_at_most_twice_what_pytorchs_is(autocast):
+    q, k, v = (torch.randn(2, 2, 16, 16).mul(s).bfloat16() for s in (3, 3, 1))
+    exact = attended(F.scaled_dot_product_attention, *(t.double() for t in (q, k, v)))
+    theirs = attended(F.scaled_dot_product_attention, q, k, v)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        forward = partial(bs.ops.attention, sketch=EIGHT_BITS)
+        draws = [attended(forward, q, k, v) for _ in range(200)]
+    for truth, reference, *ours in zip(exact, theirs, *draws):
+        error = torch.stack(ours).double().mean(0) - truth
+        assert error.norm() <= 2 * (reference - truth).norm()
 
 
 # The report -------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, factor: float
 ) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q @ k.transpose(-2, -1)).to(wide).mul_(factor)
+    with torch.autocast(q.device.type, enabled=False):  # rounded logits would be a bias
+        logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)).mul_(factor)
     if is_causal:
         causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
         mask = causal if mask is None else mask
@@ -101,7 +102,11 @@ def _probabilities(
         logits = logits.masked_fill(~mask, -math.inf)
     elif mask is not None:
         logits = logits + mask
-    return logits.softmax(-1)
+    p = logits.softmax(-1)
+    if mask is None or is_causal:
+        return p
+    # Where nothing may be attended to, F.scaled_dot_product_attention returns zero and softmax NaN.
+    return p.masked_fill_(logits.amax(-1, keepdim=True) == -math.inf, 0.0)
 
 
 class _SavedInBits(Function):
