@@ -315,28 +315,42 @@ def test_warm_up_and_finish_are_exact(digits):
     assert control.advice.startswith("the gradients are exact")
 
 
-def test_a_resumed_controller_makes_the_same_decisions(digits):
-    def made():
-        model = mlp()
-        bs.sketch_(model, bs.Region(keep=0.5))
-        return model, bs.Controller(model, 0.1, interval=20)
+@pytest.mark.parametrize(
+    "rules",
+    [bs.Region(keep=0.5), {"0": bs.Rows(keep=0.5), "2": bs.Region(keep=0.5)}],
+    ids=["region", "layer and region"],
+)
+def test_a_run_that_was_interrupted_between_two_looks_goes_on_as_if_it_was_not(
+    digits, rules, monkeypatch
+):
+    monkeypatch.setattr(controller, "_TRACED", 3 * SIZE)  # three vectors of scores
 
-    bs.seed(0)
+    def made():
+        bs.seed(0)
+        model = mlp()
+        bs.sketch_(model, rules)
+        return model, bs.Controller(model, 0.1, interval=50)
+
+    train(made()[0], digits, 1)  # the first region of its kind proves itself, in an exact pass
+    whole, never_saved = made()
+    train(whole, digits, 135, never_saved)
     model, control = made()
-    train(model, digits, 70, control)
+    train(model, digits, 121, control)
     weights, state = copy.deepcopy(model.state_dict()), json.loads(json.dumps(control.state_dict()))
+    assert [[t[1], len(t[2])] for t in state["traces"][0]] == [[3, 2]]
     stream = bs.get_rng_state()
-    train(model, digits, 60, control, first=70)
     again, resumed = made()
-    train(again, digits, 1)  # its region proves itself
     again.load_state_dict(weights)
     resumed.load_state_dict(state)
+    assert json.loads(json.dumps(resumed.state_dict())) == state
     bs.set_rng_state(stream)
-    train(again, digits, 60, resumed, first=70)
-    assert resumed.log == control.log
-    assert len(control.log) > 1
-    assert resumed.state_dict() == control.state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+    train(again, digits, 14, resumed, first=121)
+    assert len(resumed.log) > 1
+    assert resumed.state_dict() == never_saved.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters()))
+    del state["traces"]  # as those of earlier versions
+    resumed.load_state_dict(state)
+    assert not any(t[2] for t in resumed.state_dict()["traces"][0])
     with pytest.raises(ValueError, match="made with target"):
         bs.Controller(again, 0.2).load_state_dict(state)
 

@@ -35,7 +35,7 @@ def controlled(rank: int) -> dict[str, object]:
     torch.manual_seed(0)
     own = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
     wrapped = nn.parallel.DistributedDataParallel(own)
-    bs.sketch_(wrapped, bs.Rows(keep=0.5))
+    bs.sketch_(wrapped, {"0": bs.Rows(keep=0.5), "2": bs.Region(keep=0.5)})
     control = bs.Controller(wrapped, 0.1)
     generator = torch.Generator().manual_seed(rank)
     for step in range(16):
@@ -43,7 +43,13 @@ def controlled(rank: int) -> dict[str, object]:
         wrapped(torch.randn(size, 64, generator=generator)).square().mean().backward()
         control.step()
         wrapped.zero_grad()
-    return control.state_dict()
+    wrapped(
+        torch.randn(64, 64, generator=generator)
+    ).square().mean().backward()  # scores that no look has taken yet
+    state = control.state_dict()
+    control.load_state_dict(state)
+    assert control.state_dict() == state
+    return state
 
 
 def work(rank: int, folder: str) -> None:
@@ -114,6 +120,7 @@ def test_all_ranks_hold_the_same_plan(ranks):
     assert mine == other
     assert mine["log"]
     assert mine["replicas"] == 2
+    assert mine["traces"][0] != mine["traces"][1]
 
 
 def check_mean(draws: torch.Tensor, exact: torch.Tensor) -> None:

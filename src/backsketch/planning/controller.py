@@ -16,7 +16,7 @@ from backsketch.planning.calibration import Measured, Unmeasurable, measure, ove
 from backsketch.planning.decision import Choice, Costs, choose_keeps
 from backsketch.planning.estimate import Estimate
 from backsketch.planning.families import FINE_LADDER
-from backsketch.planning.ranks import summed
+from backsketch.planning.ranks import gathered, own, summed
 from backsketch.planning.record import Profile
 from backsketch.planning.replay import Recorder
 from backsketch.planning.sites import Site, Spread, Watch, find_sites, spread, weight_layers
@@ -396,7 +396,7 @@ class Controller:
         if not trace:
             return None
         last = trace[-1]
-        scores = torch.stack([t for t in trace if t.shape == last.shape])
+        scores = torch.stack([t.to(last) for t in trace if t.shape == last.shape])
         trace.clear()
         length = min(max(_TRACED // last.shape[0], 1), _LOOKS)
         if trace.maxlen != length:
@@ -475,12 +475,15 @@ class Controller:
         return min(fitting, key=lambda k: abs(costs.step(sites, k) - choice.cost))
 
     def _fixed(self) -> dict[int, str]:
-        """Sites that run exactly whatever their keep."""
+        """Sites that run exactly whatever their keep, on one of the ranks at least: the others wait for it."""
         found = {}
         for i, site in enumerate(self._sites):
             if isinstance(site.base, Region) and (state := state_of(site.module)).status == "exact":
                 found[i] = f"{site.name or 'the model'} runs exactly: {state.reason}"
-        return found
+        _, are = summed([float(i in found) for i in range(len(self._sites))], self._device)
+        return {
+            i: found.get(i, "a region runs exactly on another rank") for i, n in enumerate(are) if n
+        }
 
     def _refuse(self, reason: str) -> None:
         """Everything exact; the log says so when the kind of reason is new."""
@@ -530,12 +533,11 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on, as plain data that ``torch.save`` and JSON hold.
 
-        A measurement that was due in the next step is made then; scores since the last look are forgotten, here
-        too, so that a run that goes on and one that resumes are the same. Of several ranks, every one calls it.
+        It changes nothing, and a run that resumes is the run that went on. To be called between two optimizer
+        steps, and by every one of several ranks: it gathers their scores since the last look.
         """
-        self._disarm()
-        self._rearm()
         costs = self._costs
+        traces = [[i, t.maxlen, [s.tolist() for s in t]] for i, t in self._traces.items()]
         return {
             "sites": [site.name for site in self._sites],
             "target": self.target,
@@ -552,11 +554,14 @@ class Controller:
             "visited": [list(keeps) for keeps in self._visited],
             "estimate": self._estimate.state_dict(),
             "costs": None if costs is None else [list(costs.fixed), list(costs.live), costs.tiny],
+            "traces": gathered(traces),
             "log": [asdict(change) for change in self._log],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`, on a model that was sketched by the same rules.
+
+        With another number of ranks the scores since the last look are forgotten.
 
         Raises:
             ValueError: it belongs to other sites or another target; nothing is changed then.
@@ -584,6 +589,11 @@ class Controller:
         self._began, self._spent = None, 0.0
         self._apply(self._keeps)
         self._disarm()
+        for index, length, vectors in own(state.get("traces", [])) or []:
+            self._trace(self._sites[index], index, length)
+            if (trace := self._traces.get(index)) is not None:
+                # In float64, which holds them exactly whatever type they had.
+                trace.extend(torch.tensor(v, dtype=torch.float64) for v in vectors)
         self._rearm()
 
 

@@ -153,7 +153,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint; every process must call this."""
         random = gather_object([random_state(self)])
-        state = state_of(self, random)  # a controller forgets scores by it, on every process alike
+        state = state_of(self, random)  # a controller gathers its scores for it, on every process
         if self.accelerator.is_main_process:
             save_checkpoint(self.checkpoint, state)
 
