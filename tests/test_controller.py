@@ -18,9 +18,10 @@ import backsketch as bs
 from backsketch import sampling
 from backsketch.planning import calibration, controller
 from backsketch.planning.allocate import frontier
+from backsketch.planning.decision import Costs
 from backsketch.planning.estimate import Estimate
 from backsketch.planning.families import FINE_LADDER
-from backsketch.planning.sites import Spread, spread
+from backsketch.planning.sites import Spread, find_sites, spread
 from backsketch.theory.noise import GradientSums
 from backsketch.theory.variance import minimal_sampling
 
@@ -97,6 +98,27 @@ def test_the_spread_is_the_water_filling_variance_at_every_keep():
     alone = [spread(s, (0.5,)).errors[0] for s in (torch.arange(1.0, 9.0), torch.ones(8))]
     assert both.errors[0] == pytest.approx(sum(alone))
     assert both.count == 2
+
+
+@pytest.mark.parametrize(
+    ("sketch", "share"),
+    [
+        (bs.Region(keep=0.5), 0.2),
+        (bs.Rows(keep=0.5), 0.4),
+        (bs.Split(grad_weight=bs.Rows(keep=0.5)), 0.4),
+        (bs.Rows(keep=0.5, scores="uniform"), 0.5),
+        (bs.Columns(keep=0.5), 0.5),
+    ],
+    ids=str,
+)
+def test_below_a_mask_a_site_costs_the_rows_that_it_keeps(sketch, share):
+    model = mlp()
+    bs.sketch_(model, {"": bs.Mask(keep=0.4), "2": sketch})
+    sites = find_sites(model)
+    costs = Costs((0.0, -0.6), (0.0, 0.6))
+    assert costs.step(sites, (1, 0.5)) == pytest.approx(0.4 + 0.6 * 0.5)
+    assert costs.step(sites, (0.4, 0.5)) == pytest.approx(0.4 + 0.6 * share)
+    assert costs.step(sites, (0.4, 1)) == 1
 
 
 def test_the_frontier_is_the_best_that_each_variance_allows():

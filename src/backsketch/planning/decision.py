@@ -26,23 +26,26 @@ _ROOM = 0.15  # of the target, above it: the ladder of a single site is coarse, 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a site saves of an exact step: ``fixed + live * keep`` for every site, negative where it saves.
+    """What a site saves of an exact step: ``fixed + live * share`` for every site, negative where it saves.
 
-    ``live`` shrinks with the rows that a mask leaves; ``tiny`` says why nothing can be gained anywhere.
+    The share of the work is the keep, or less below a mask (:meth:`Site.share`); ``tiny`` says why nothing can be
+    gained anywhere.
     """
 
     fixed: tuple[float, ...]
     live: tuple[float, ...]
     tiny: str = ""
 
-    def of(self, site: int, keep: float, left: float = 1.0) -> float:
+    def of(self, sites: Sequence[Site], index: int, keep: float, left: float) -> float:
         """Change of a step's cost by one site, a fraction ``left`` of the rows being left by a mask."""
-        return 0.0 if keep >= 1 else self.fixed[site] + self.live[site] * keep * left
+        if keep >= 1:
+            return 0.0
+        return self.fixed[index] + self.live[index] * sites[index].share(keep, left)
 
     def step(self, sites: Sequence[Site], keeps: Sequence[float]) -> float:
         """A step's cost, exact = 1."""
         left = math.prod(k for s, k in zip(sites, keeps) if s.is_mask)
-        return max(1 + math.fsum(self.of(i, k, left) for i, k in enumerate(keeps)), 0.0)
+        return max(1 + math.fsum(self.of(sites, i, k, left) for i, k in enumerate(keeps)), 0.0)
 
     @classmethod
     def from_profile(cls, profile: Profile, sites: Sequence[Site]) -> Costs:
@@ -213,7 +216,7 @@ def _candidates(
         for i in range(len(sites)):
             movable = i not in fixed and i not in masks
             keeps = [k for k in estimate.ladder if k < 1] if movable else []
-            rest = [(costs.of(i, k, left), estimate.variance(i, k)) for k in keeps]
+            rest = [(costs.of(sites, i, k, left), estimate.variance(i, k)) for k in keeps]
             options.append([(0.0, 0.0), *rest])
         below = [k for k in estimate.ladder if k < 1]
         for picked, cost, variance in frontier(options, limit - used):

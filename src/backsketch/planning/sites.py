@@ -51,6 +51,19 @@ class Site:
     def is_layer(self) -> bool:
         return not isinstance(self.base, Mask | Region)
 
+    def share(self, keep: float, left: float) -> float:
+        """The part of its work that is done at a keep, a fraction ``left`` of the rows being left by a mask.
+
+        Regions keep a part of those rows. A layer's rows are a part of all, though none that the mask dropped;
+        what is not chosen by the cotangent's rows is kept whatever a mask does.
+        """
+        if not self.is_layer:
+            return keep * left
+        parts = _parts(self.base) if isinstance(self.base, Split) else (self.base,)
+        kept = [p for p in parts if keep_of(p) is not None]
+        by_rows = all(isinstance(p, Rows) and p.scores != "uniform" for p in kept)
+        return min(keep, left) if by_rows else keep
+
     def set_keep(self, keep: float) -> None:
         """Move the live sketch; the object that the user gave stays what it is."""
         resketch_(self.module, with_keep(self.base, keep))
@@ -116,7 +129,8 @@ def spread(row_scores: Tensor, keeps: Sequence[float], live_only: bool = True) -
     Args:
         row_scores: ``(vectors, n)`` or ``(n,)``, non-negative.
         keeps: fractions in (0, 1].
-        live_only: keeps count the rows with a positive score, as regions and row sketches do below a mask.
+        live_only: keeps count the rows with a positive score, as those of regions do below a mask. Layers keep
+            more there: for them it is too much variance.
     """
     s = torch.atleast_2d(row_scores.detach()).to(torch.float64)
     n = s.shape[1]
