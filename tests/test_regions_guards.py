@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import backsketch as bs
-from backsketch.regions import Mask, Region, attach, refusal
+from backsketch.regions import Mask, Region, attach, capture, refusal, state_of
 from backsketch.regions.state import RegionState
 from region_models import (
     CNN,
@@ -22,6 +23,8 @@ from region_models import (
     make_region,
     mlp,
 )
+
+R = Region(keep=0.5)
 
 
 def run(model: nn.Module, *inputs: Tensor, sketch: Region | None = None) -> RegionState:
@@ -221,6 +224,63 @@ def test_a_forward_on_the_instance_would_bypass_the_sketch_and_is_refused(sketch
     with pytest.raises(ValueError, match="replaced on the instance"):
         bs.sketch_(model, sketch)
     assert type(model) is nn.Sequential
+
+
+# --- what the user adds inside ----------------------------------------------------------------------
+
+
+def blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)))
+
+
+def test_hooks_inside_a_region_are_called_whenever_they_came() -> None:
+    """One module has a hook from the start, another of the same class gets one after the capture."""
+    model, x, calls = blocks(), torch.randn(16, 8), []
+    model[1][0].register_forward_hook(lambda module, args, output: 2 * output)
+    bs.sketch_(model, {"0": R, "1": R, "2": R})
+    for step in range(4):
+        if step == 2:
+            model[2][0].register_forward_hook(lambda module, args, output: output + 1)
+            model[2][0].register_full_backward_hook(lambda *given: calls.append(1))
+        y = model(x)
+        with bs.exact(model):
+            assert torch.equal(y, model(x))
+        y.sum().backward()
+    assert calls == [1, 1]
+    assert state_of(model[1]).status == "active"
+
+
+def test_saved_bytes_does_not_capture_a_region_anew() -> None:
+    model, x = blocks(), torch.randn(16, 8)
+    bs.sketch_(model, {"0": R})
+    model(x).sum().backward()
+    programs = state_of(model[0]).runner.capture.programs
+    for _ in range(3):
+        bs.saved_bytes(model, x)
+    assert state_of(model[0]).runner.capture.programs == programs
+
+
+def test_a_flop_counter_is_no_obstacle_and_leaves_no_trace() -> None:
+    model, x = blocks(), torch.randn(16, 8)
+    bs.sketch_(model, {"0": R})
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    assert counter.get_total_flops() == 16 * 8 * 8 * 2 * (3 * 3 - 1)
+    assert "TorchDispatchMode" in state_of(model[0]).reason
+    for _ in range(2):
+        model(x).sum().backward()
+    assert state_of(model[0]).status == "active"
+
+
+def test_a_region_tells_that_compilation_is_switched_off(monkeypatch) -> None:
+    monkeypatch.setattr(capture, "_RUNNERS", {})
+    model, x = blocks(), torch.randn(16, 8)
+    bs.sketch_(model, {"0": R})
+    with torch.compiler.set_stance("force_eager"):
+        model(x).sum().backward()
+    assert state_of(model[0]).status == "exact"
+    assert "switched off" in state_of(model[0]).reason
 
 
 # --- what cannot be captured ------------------------------------------------------------------------

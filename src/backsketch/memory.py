@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from backsketch.regions import RegionModule
 from backsketch.untouched import untouched
 
 __all__ = ["SavedBytes", "kept_by", "peak_bytes", "peak_of", "saved_bytes"]
@@ -153,10 +154,12 @@ def _compiled(module: nn.Module) -> bool:
 
 
 def _traceable(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules that may be given a hook: nothing in or below a compiled one, which would be compiled anew."""
+    """Modules that may be given a hook: nothing in a compiled one or a region, which would be made anew."""
     if _compiled(module):
         return
     yield module
+    if isinstance(module, RegionModule):
+        return
     for child in module.children():
         yield from _traceable(child)
 

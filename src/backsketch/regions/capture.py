@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 
 from backsketch.regions.compilers import COMPILERS, Compiler
@@ -252,6 +253,9 @@ def run(
         return forward(module, *args, **kwargs)
     if 0 in lead:
         return forward(module, *args, **kwargs)
+    if _is_intercepted():
+        state.settle("exact", "a TorchDispatchMode is on, in which nothing can be captured")
+        return forward(module, *args, **kwargs)
     runner = state.runner
     if runner is None or runner.misleading:
         runner = state.runner = _runner(module, forward, state, compiler)
@@ -262,7 +266,12 @@ def run(
         with warnings.catch_warnings():
             # Dynamo looks for .grad on every tensor it meets, non-leaf ones included.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-            return _called(runner, state, module, lead, rowed, args, kwargs)
+            outputs = _called(runner, state, module, lead, rowed, args, kwargs)
+        if not runner.capture.programs:
+            state.settle(
+                "exact", "torch.compile is switched off, and with it what captures regions"
+            )
+        return outputs
     except FailOnRecompileLimitHit:
         state.exhausted.append(runner)
         state.runner = None
@@ -276,6 +285,13 @@ def run(
             return run(module, forward, state, args, kwargs)
         state.refuse(f"it cannot be captured: {_first_line(error)}")
         return forward(module, *args, **kwargs)
+
+
+def _is_intercepted() -> bool:
+    """Whether Dynamo would leave code alone, and for good, as a FLOP counter or the like sees every operator."""
+    if getattr(torch._dynamo.config, "inline_torch_dispatch_torch_compile", False):
+        return _python_dispatch.any_torch_dispatch_mode_on_stack()
+    return _python_dispatch.is_in_any_mode_without_ignore_compile_internals()
 
 
 def _is_new(state: RegionState, tensors: Sequence[Tensor], row_dims: int) -> bool:
@@ -317,7 +333,9 @@ def _called(
     try:
         for t in rowed:
             torch._dynamo.maybe_mark_dynamic(t, _AXES[len(lead)])
-        return runner.call(module, args, kwargs)
+        # Or hooks of submodules that come later are never called, and those of one module are taken for another's.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return runner.call(module, args, kwargs)
     finally:
         CURRENT.state, CURRENT.lead, CURRENT.inputs = before
         CURRENT.depth -= 1
