@@ -145,6 +145,7 @@ class Controller:
         self._steps, self._due, self._gap = 0, max(warmup, 1), 1
         self._failures, self._spent, self._look = 0, 0.0, 0
         self._began: float | None = None
+        self._first = 0  # step at which the clock began
         self._refusal = ""
         self._keeps = tuple(s.keep for s in self._sites)
         self._visited = [self._keeps]
@@ -228,7 +229,7 @@ class Controller:
         if self._closed:
             raise RuntimeError("Controller.step: this controller is closed")
         if self._began is None:
-            self._began = time.perf_counter()
+            self._began, self._first = time.perf_counter(), self._steps
         self._steps += 1
         if self._recorder is not None:
             self._calibrate(self._recorder)
@@ -237,6 +238,7 @@ class Controller:
             self._decide()
         if self._steps == self._exact_from:
             self._move((1.0,) * len(self._sites), "exact finish")
+            self._disarm()
         self._rearm()
 
     def close(self) -> None:
@@ -344,7 +346,7 @@ class Controller:
         """The sums over all ranks, micro-batches in all, seconds per step and of this measurement."""
         assert self._began is not None
         elapsed = time.perf_counter() - self._began - seconds - self._spent
-        rows = [seconds, max(elapsed, 0.0) / self._steps, float(count)]
+        rows = [seconds, max(elapsed, 0.0) / (self._steps - self._first), float(count)]
         ranks, (used, per_step, replicas) = summed(rows, self._device)
         total = over_ranks(
             measured,
