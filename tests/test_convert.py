@@ -269,6 +269,11 @@ def test_an_error_names_the_problem_and_changes_nothing(case, sketched_before):
     assert bs.get_rng_state() == state
 
 
+def test_exact_wants_a_module():
+    with pytest.raises(TypeError, match=r"torch.nn.Module; got NoneType"), bs.exact(None):
+        pass
+
+
 def test_an_error_inside_an_exact_block_leaves_the_block_exact():
     model = Net()
     bs.sketch_(model, ROWS)
@@ -529,6 +534,42 @@ def test_the_report_prints_as_a_table_with_one_line_a_site():
     assert lines[-1].startswith("6 of 8 sites sketched")
     starts = {line.index(word) for line, word in zip(lines[2:5], ["Conv2d", "Linear", "Linear"])}
     assert len(starts) == 1
+
+
+def test_a_region_that_runs_exactly_claims_nothing_in_the_report():
+    model = nn.Sequential(nn.Flatten(0), nn.Linear(8, 8), nn.ReLU())
+    report = bs.sketch_(model, bs.Region(keep=0.5))
+    assert [site.name for site in report.sketched] == [""]
+    assert "×0.50" in str(report)
+    model(torch.randn(4, 2)).sum().backward()
+    assert report[""].status.startswith("runs exactly")
+    assert report.sketched == []
+    assert [site.name for site in report.exact] == [""]
+    assert report[""].backward == 1
+    assert "×" not in str(report)
+    assert str(report).splitlines()[-1].startswith("0 of 1 sites sketched")
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 64, 8))
+        self.words = nn.Embedding(1000, 8)
+        self.first, self.second = nn.Conv1d(8, 8, 3), nn.Conv1d(8, 8, 3)
+        self.lstm = nn.LSTM(8, 8)
+        self.head = parametrizations.weight_norm(nn.Linear(8, 8))
+
+
+def test_the_report_names_layers_of_kinds_that_are_not_known():
+    model = Recurrent()
+    report = bs.sketch_(model, {"head": None, "": bs.Mask(keep=0.5)})
+    weights = (model.first, model.second, model.lstm)
+    size = sum(p.numel() for m in weights for p in m.parameters() if p.dim() > 1)
+    share = f"{100 * size / sum(p.numel() for p in model.parameters()):.0f} %"
+    expected = f"not known, so exact: 2 Conv1d, 1 LSTM; {share} of the parameters"
+    assert str(report).splitlines()[-1] == expected
+    assert "not known" not in str(bs.sketch_(Recurrent(), bs.Region(keep=0.5)))
+    assert "not known" not in str(bs.sketch_(Net(), ROWS))
 
 
 def test_the_report_of_a_bare_layer_prints_a_name():

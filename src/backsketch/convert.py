@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from backsketch import regions
 from backsketch.estimators import Estimator
@@ -18,6 +20,9 @@ from backsketch.rules import Patterns, Tree, matches, no_match, normalise, show,
 __all__ = ["restore_", "sketch_"]
 
 _SMALL_WEIGHT = 128 * 128
+_LARGE_SHARE = 0.01  # of the parameters: position tables and the like stay below, and are no layers
+
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 Outcomes = dict[int, list[str | None]]  # per rule and site: None where it took effect, else why not
 
@@ -62,9 +67,10 @@ def sketch_(model: nn.Module, rules: Any) -> Report:
             swapped.__class__ = cls
             swapped.__dict__.update(attributes)
         raise
+    report = Report(resolution.sites, unknown=_unknown(model, resolution))
     for site, module in resolution.changes:
         _apply(site, module)
-    return Report(resolution.sites)
+    return report
 
 
 def restore_(model: nn.Module) -> nn.Module:
@@ -100,6 +106,29 @@ class _Resolution:
         self.sites.append(site)
         if site.sketch is not None:
             self.changes.append((site, module))
+
+
+def _unknown(model: nn.Module, resolution: _Resolution) -> str:
+    """The modules with matrices of their own that no adapter, no known layer and no region covers."""
+    covered = [m for m in model.modules() if adapter_of(m) or isinstance(m, _TABLES)]
+    covered += [module for site, module in resolution.changes if isinstance(site.sketch, Region)]
+    inside = {id(below) for module in covered for below in module.modules()}
+    sizes = {
+        m: sum(map(Tensor.numel, _matrices(m))) for m in model.modules() if id(m) not in inside
+    }
+    kinds = Counter(type(module).__name__ for module, size in sizes.items() if size)
+    total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
+    share = sum(sizes.values()) / max(total, 1)
+    if share < _LARGE_SHARE:
+        return ""
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"{counts}; {100 * share:.0f} % of the parameters"
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    own = [p for p in module.parameters(recurse=False) if not is_lazy(p) and p.is_floating_point()]
+    # A leading 1 is broadcast over the batch: position embeddings and class tokens, not weights.
+    return [p for p in own if p.dim() > 1 and len(p) > 1]
 
 
 def _resolve(model: nn.Module, patterns: Patterns) -> _Resolution:

@@ -46,9 +46,14 @@ class Site:
         return pending if self.state.status == "pending" else "rows proven independent"
 
     @property
+    def acts(self) -> bool:
+        """Whether the site is sketched, as far as is known: a region whose guards refused it is not."""
+        return self.sketch is not None and (self.state is None or self.state.status != "exact")
+
+    @property
     def backward(self) -> float:
         """Predicted arithmetic of the site's backward pass, as a fraction of exact."""
-        return sum(self.work) / 2
+        return sum(self.work) / 2 if self.acts else 1.0
 
 
 @dataclass
@@ -56,10 +61,12 @@ class Report:
     """The sites of a model; prints as a table, iterates over :class:`Site`.
 
     ``total`` is set by :meth:`measure`: bytes kept for the backward pass, exact and sketched.
+    ``unknown`` names the modules with weights that are of no known kind, and so are no sites.
     """
 
     sites: list[Site] = field(default_factory=list)
     total: tuple[int, int] | None = None
+    unknown: str = ""
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -75,13 +82,13 @@ class Report:
 
     @property
     def sketched(self) -> list[Site]:
-        """The sites that are sketched."""
-        return [site for site in self.sites if site.sketch is not None]
+        """The sites that are sketched, as far as is known: guards of regions run with the first batch."""
+        return [site for site in self.sites if site.acts]
 
     @property
     def exact(self) -> list[Site]:
-        """The sites that were left exact."""
-        return [site for site in self.sites if site.sketch is None]
+        """The sites that were left exact, and the regions that were found to run exactly."""
+        return [site for site in self.sites if not site.acts]
 
     def measure(self, model: nn.Module, *inputs: Any) -> Report:
         """Run the model, exact and as it is, and put what each site saves beside what was predicted.
@@ -119,7 +126,8 @@ class Report:
         name = site.name or "(model)"
         if site.sketch is None:
             return name, site.type, "exact", "", "", "", _bytes(site), site.reason
-        times = ["" if f is None else f"×{f:.2f}" for f in (*site.work, site.saved)]
+        fractions = (*site.work, site.saved) if site.acts else (None,) * 3
+        times = ["" if f is None else f"×{f:.2f}" for f in fractions]
         return name, site.type, str(site.sketch), *times, _bytes(site), site.status
 
     def _summary(self) -> str:
@@ -127,6 +135,8 @@ class Report:
             f"{len(self.sketched)} of {len(self.sites)} sites sketched; the columns are predicted "
             "arithmetic and saved input bytes against exact"
         )
+        if self.unknown:
+            text += f"\nnot known, so exact: {self.unknown}"
         if self.total is None:
             return text
         before, after = self.total

@@ -135,6 +135,9 @@ def exact(model: nn.Module) -> Iterator[None]:
     The estimator belongs to the forward pass: what is run inside the block has an exact backward,
     even if ``backward()`` is called outside it. Blocks nest; an exception restores the sketches.
 
+    Raises:
+        TypeError: ``model`` is not a module.
+
     Example:
         >>> import torch, backsketch as bs
         >>> model = torch.nn.Linear(4, 4)
@@ -142,6 +145,8 @@ def exact(model: nn.Module) -> Iterator[None]:
         >>> with bs.exact(model):
         ...     model(torch.randn(8, 4)).sum().backward()
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"backsketch acts on a torch.nn.Module; got {type(model).__name__}")
     with switched({m: True for m in model.modules() if isinstance(m, Swapped)}):
         yield
 
