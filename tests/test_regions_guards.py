@@ -283,6 +283,74 @@ def test_a_region_tells_that_compilation_is_switched_off(monkeypatch) -> None:
     assert "switched off" in state_of(model[0]).reason
 
 
+class Returns(nn.Module):
+    """A layer, and what a function makes of its output."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.layer, self.router, self.function = nn.Linear(4, 4), nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor):
+        return self.function(self.layer(x), self.router(x))
+
+
+def test_a_mask_leaves_an_auxiliary_loss_exact() -> None:
+    model, x = Returns(lambda h, r: {"hidden": h, "aux": r.square().mean()}), torch.randn(8, 4)
+    attach(model, Mask(0.25))
+    out = model(x)
+    params = (out["hidden"].sum() + out["aux"], [model.layer.weight, model.router.weight])
+    _, router = torch.autograd.grad(*params, retain_graph=True)
+    expected = torch.autograd.grad(model.router(x).square().mean(), model.router.weight)[0]
+    torch.testing.assert_close(router, expected)
+    seen: list[Tensor] = []
+    model.layer.register_full_backward_hook(lambda m, gi, go: seen.append(go[0]))
+    model(x.requires_grad_())["hidden"].sum().backward()
+    assert int((seen[0].norm(dim=1) > 0).sum()) == 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, r: (h.square().mean(), h),
+        lambda h, r: {"loss": h.tanh().sum(), "logits": h, "hidden": r, "unused": r.exp()},
+    ],
+)
+def test_a_mask_that_a_loss_inside_passes_by_is_an_error(function) -> None:
+    model = nn.Sequential(Returns(function))
+    bs.sketch_(model, {"0": Mask(0.5)})
+    with pytest.raises(ValueError, match=r"mask .* on Returns does nothing.*before the loss"):
+        model(torch.randn(8, 4))
+    with bs.exact(model):
+        model(torch.randn(8, 4))
+
+
+def test_a_mask_on_a_bare_loss_is_an_error_with_the_way_out() -> None:
+    model = Returns(lambda h, r: h.mean())
+    attach(model, Mask(0.5))
+    with pytest.raises(ValueError, match=r"on Returns finds no rows .*\(\); put the mask on the"):
+        model(torch.randn(8, 4))
+
+
+def test_compiled_a_mask_beside_a_scalar_warns() -> None:
+    model = Returns(lambda h, r: (h, r.mean()))
+    attach(model, Mask(0.5))
+    with pytest.warns(UserWarning, match="on Returns: an output without rows is left exact"):
+        hidden, _ = torch.compile(model, backend="eager", fullgraph=True)(torch.randn(8, 4))
+    assert hidden.requires_grad
+
+
+def test_a_mask_that_cannot_look_into_the_output_is_an_error() -> None:
+    model = Returns(lambda h, r: types.SimpleNamespace(hidden=h))
+    attach(model, Mask(0.5))
+    with pytest.raises(TypeError, match=r"on Returns finds no tensor .*SimpleNamespace.*register"):
+        model(torch.randn(8, 4))
+    model.eval()
+    assert model(torch.randn(8, 4)).hidden.requires_grad
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(8, 4))
+
+
 # --- what cannot be captured ------------------------------------------------------------------------
 
 

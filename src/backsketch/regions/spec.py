@@ -63,6 +63,10 @@ class Mask(Sketch):
     has full shape, expectation :math:`g` and at most ``ceil(keep * n)`` non-zero rows. Regions and row
     sketches below never draw a zero row, so one draw here shrinks everything upstream of it.
 
+    Outputs without rows (an auxiliary loss) stay exact. A loss that the module computes itself from the
+    outputs with rows would never pass the mask: that raises in the first training step. Put the mask
+    on the module before the loss.
+
     Args:
         keep: fraction of the rows that is kept, in (0, 1]; 1 is exact.
         row_dims: how many leading dimensions count rows (1: samples, 2: tokens).
