@@ -2,7 +2,8 @@
 
     python benchmarks/layer_time.py --out results/layer_time.json
 
-The floor is what the arithmetic allows: with forward 1 and both products 2, ``(1 + 2 keep) / 3``.
+The floor is what the arithmetic allows: with forward 1 and both products 2, ``(1 + 2 keep) / 3``. Small shapes,
+whose times scatter more, have eight times as many repeats.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import backsketch as bs
 
 SHAPES = [(512, 784, 512), (1024, 96, 384), (4096, 384, 1536), (8192, 768, 3072)]
+SMALL = 1e9  # multiply-adds of a product
 SKETCHES = [
     *(f"rows:keep={k}" for k in (0.5, 0.25, 0.1)),
     *(f"rows:keep={k},scores=uniform" for k in (0.25,)),
@@ -47,7 +49,8 @@ def measure(shape: tuple[int, int, int], repeats: int) -> list[dict]:
     cotangent = torch.randn(n, d_out) * torch.rand(n, 1)
     arms = {"exact": None, **{text: bs.parse(text) for text in SKETCHES}}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 1):
+    rounds = 8 * repeats if n * d_in * d_out < SMALL else repeats
+    for repeat in range(rounds + 1):
         for name, sketch in arms.items():
             elapsed = step_seconds(x, weight, cotangent, sketch)
             if repeat:  # the first is a warm-up
