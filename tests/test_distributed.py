@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import backsketch as bs
 from backsketch import regions
@@ -27,7 +29,9 @@ def batch(rank: int) -> torch.Tensor:
 def gradients(called: nn.Module, owner: nn.Module, x: torch.Tensor) -> torch.Tensor:
     owner.zero_grad(set_to_none=True)
     called(x).square().mean().backward()
-    return torch.cat([p.grad.flatten() for p in owner.parameters()]).clone()
+    found = [p.grad for p in owner.parameters()]
+    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in found]
+    return torch.cat([g.flatten() for g in whole]).clone()
 
 
 def controlled(rank: int) -> dict[str, object]:
@@ -50,6 +54,20 @@ def controlled(rank: int) -> dict[str, object]:
     control.load_state_dict(state)
     assert control.state_dict() == state
     return state
+
+
+def sharded(rank: int) -> dict[str, object]:
+    """Gradients of the same model with its parameters sharded over the ranks (FSDP2)."""
+    own = model()
+    bs.sketch_(own, {"0": bs.Rows(keep=0.5), "2": bs.Region(keep=0.5)})
+    for part in (own[0], own[2], own):
+        fully_shard(part)
+    gradients(own, own, batch(rank))
+    found = {"draws": torch.stack([gradients(own, own, batch(rank)) for _ in range(DRAWS)])}
+    with bs.exact(own):
+        found["exact"] = gradients(own, own, batch(rank))
+    found["status"] = regions.state_of(own[2]).status
+    return found
 
 
 def work(rank: int, folder: str) -> None:
@@ -85,6 +103,7 @@ def work(rank: int, folder: str) -> None:
         )
         bs.restore_(wrapped)
         result["controlled"] = controlled(rank)
+        result["sharded"] = sharded(rank)
         torch.save(result, os.path.join(folder, f"{rank}.pt"))
     finally:
         torch.distributed.destroy_process_group()
@@ -143,6 +162,17 @@ def test_a_region_is_unbiased_in_two_processes(ranks):
     assert torch.equal(draws, ranks[1]["in a region"])
     assert float(draws.double().var(0).sum()) > 0.05 * float(ranks[0]["exact"].square().sum())
     check_mean(draws, ranks[0]["exact"])
+
+
+def test_sketches_are_unbiased_where_parameters_are_sharded(ranks):
+    found = [rank["sharded"] for rank in ranks]
+    assert [f["status"] for f in found] == ["active", "active"]
+    torch.testing.assert_close(found[0]["exact"], ranks[0]["exact"])
+    assert torch.equal(found[0]["draws"], found[1]["draws"])
+    assert float(found[0]["draws"].double().var(0).sum()) > 0.05 * float(
+        found[0]["exact"].square().sum()
+    )
+    check_mean(found[0]["draws"], found[0]["exact"])
 
 
 def test_the_exact_gradient_agrees_with_one_process_on_the_whole_batch(ranks):
