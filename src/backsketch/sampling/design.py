@@ -18,7 +18,7 @@ _SORT_UP_TO = 1024  # on the CPU; above, linear passes that look at their result
 def num_kept(n: int, keep: float) -> int:
     """How many of ``n`` rows a fraction ``keep`` stands for: rounded up, at least one."""
     # The small slack keeps 0.1 * 10 at one row: products of decimal fractions overshoot by an ulp.
-    return torch.sym_max(1, math.ceil(keep * n - 1e-6))
+    return max(1, math.ceil(keep * n - 1e-6))
 
 
 def num_live_kept(scores: Tensor, keep: float) -> int:
