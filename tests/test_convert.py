@@ -166,6 +166,12 @@ class TestForward:
         bs.sketch_(model, sketch)
         assert list(inspect.signature(model.forward).parameters) == ["features", "scale"]
 
+    def test_classes_do_not_share_the_code_that_a_compiler_counts_by(self, sketch):
+        first, second = Keyed(), nn.Sequential(nn.Linear(4, 3))
+        for model in (first, second):
+            bs.sketch_(model, sketch)
+        assert type(first).forward.__code__ is not type(second).forward.__code__
+
     def test_a_copy_on_the_instance_outlives_the_sketch(self, sketch):
         """Accelerate puts one there under mixed precision."""
         model, x = Keyed(), torch.randn(8, 4)

@@ -86,7 +86,10 @@ def _forward(mixin: type[Swapped], original: type[nn.Module]) -> Callable[..., A
             return type(self).forward(self, *args, **kwargs)
         return sketched(self, *args, **kwargs)
 
-    return forward
+    # Dynamo counts recompilations by code object: each class has its own.
+    function: Any = forward
+    function.__code__ = function.__code__.replace()
+    return function
 
 
 def _rebuild(
