@@ -66,15 +66,17 @@ class Auto:
 
     def mean_arithmetic(self, trainer: Trainer) -> float:
         """Matrix products of the backward passes over those of exact ones, the mean over the steps of the run."""
-        batch = trainer.micro_batch(0, 0)
-        exact = len(trainer.history.losses) - self.steps_at.total()
-        arithmetic = float(exact)
-        sites, now = find_sites(trainer.core), self._keeps()
+        core, batch = trainer.core, trainer.micro_batch(0, 0)
+        with bs.exact(core):
+            exact = measure.backward_flops(core, batch, trainer.loss)
+        steps = len(trainer.history.losses)
+        arithmetic = float(steps - self.steps_at.total())
+        sites, now = find_sites(core), self._keeps()
         for keeps, count in self.steps_at.items():
             _set(sites, keeps)
-            arithmetic += count * measure.backward_flops_ratio(trainer.core, batch, trainer.loss)
+            arithmetic += count * measure.backward_flops(core, batch, trainer.loss) / exact
         _set(sites, now)
-        return arithmetic / len(trainer.history.losses)
+        return arithmetic / steps
 
     def _keeps(self) -> tuple[float, ...]:
         return () if self.controller is None else tuple(self.controller.keeps.values())

@@ -117,7 +117,7 @@ class Trainer:
             if stopped and self.epoch < self.config.epochs:
                 raise Interrupted(self.checkpoint, stop.signum)
         if self.auto is not None:
-            self.cost = {**self._cost(), "backward_flops_ratio": self.auto.mean_arithmetic(self)}
+            self.cost = self._cost(self.auto.mean_arithmetic(self))
 
     def evaluate(self) -> Evaluation:
         """Accuracy and loss on the whole test split, over all processes."""
@@ -189,13 +189,15 @@ class Trainer:
             raise TrainError(f"the sketch {config.sketch} applies to no layer of {config.model}")
         return model
 
-    def _cost(self) -> dict[str, float]:
+    def _cost(self, arithmetic: float | None = None) -> dict[str, float]:
+        """What a step costs; its arithmetic is measured at the present keeps where it is not given."""
         batch = self.micro_batch(0, 0)
-        ratio = 1.0
-        if self.sketched:
-            ratio = measure.backward_flops_ratio(self.core, batch, self.loss)
+        if arithmetic is None:
+            arithmetic = 1.0
+            if self.sketched:
+                arithmetic = measure.backward_flops_ratio(self.core, batch, self.loss)
         saved = measure.saved_bytes(self.core, batch, self.loss)
-        return {"backward_flops_ratio": ratio, "peak_saved_bytes": saved}
+        return {"backward_flops_ratio": arithmetic, "peak_saved_bytes": saved}
 
     def prove(self) -> None:
         """One measured pass: the regions of a restored run prove themselves before it goes on."""
