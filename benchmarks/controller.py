@@ -34,12 +34,12 @@ from backsketch.theory.noise import GradientSums
 from backsketch.train import load_data
 from backsketch.train.auto import INTERVAL, TARGET
 from backsketch.train.config import TrainConfig, resolve
+from backsketch.train.errors import StopRequest
 from backsketch.train.images import ImageData
-from backsketch.train.interrupt import StopRequest
 from backsketch.train.loop import Trainer
-from backsketch.train.progress import TrainProgress
 from backsketch.train.result import result_of
 from backsketch.train.setup import make_accelerator
+from backsketch.train.show import TrainProgress
 
 SETTINGS = {
     "mlp": {

@@ -28,9 +28,8 @@ from backsketch.models import build
 from backsketch.planning import Bill, Plan, Profile
 from backsketch.planning.record import Option
 from backsketch.train import load_data
-from backsketch.train.batches import Batch, Batches
 from backsketch.train.config import TrainConfig, resolve
-from backsketch.train.images import ImageData
+from backsketch.train.images import Batch, Batches, ImageData
 from backsketch.train.setup import make_optimizer, make_schedule
 
 THREADS = 1

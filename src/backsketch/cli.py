@@ -1,4 +1,4 @@
-"""The command line. Its packages are an extra, so they are looked for only when it is called."""
+"""The command line. Its packages are an extra, so they are imported only when it is called."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-EXTRA = ("accelerate", "datasets", "matplotlib", "numpy", "PIL", "rich", "sklearn", "typer")
+EXTRA = (
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "rich",
+    "scipy",
+    "sklearn",
+    "typer",
+)
 
 
 def make_app() -> typer.Typer:
     """The application with all its commands."""
     import typer
 
-    from backsketch.experiments.commands import report_command, sweep_command
-    from backsketch.planning.bench_command import bench_command
-    from backsketch.train.command import train_command
-    from backsketch.train.profile_command import profile_command
+    from backsketch.commands.bench import bench_command
+    from backsketch.commands.profile import profile_command
+    from backsketch.commands.sweep import report_command, sweep_command
+    from backsketch.commands.train import train_command
 
     app = typer.Typer(
         name="backsketch",

@@ -1,4 +1,4 @@
-"""Jobs over local processes: one that fails, or takes its process down, does not stop the rest."""
+"""Runs jobs in local processes. One that fails, or takes its process down, does not stop the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -58,53 +59,55 @@ def outcomes(
         for job in jobs:
             yield job, run_job(job.problem, job.options)
         return
-    todo = list(jobs)
-    while todo:
-        suspects, todo = yield from _pooled(todo, min(workers, len(todo)), threads, data)
-        if len(suspects) == 1:
-            yield suspects[0], dict(_DIED)
-            continue
-        for job in suspects:  # one of these took its process down: alone, it takes only itself
-            left, _ = yield from _pooled([job], 1, threads, data)
-            if left:
-                yield job, dict(_DIED)
-
-
-def _pooled(
-    jobs: Sequence[Job], workers: int, threads: int, data: str | None
-) -> Generator[Outcome, None, tuple[list[Job], list[Job]]]:
-    """Yields outcomes; returns, where a process died, the jobs that were running and the others."""
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),  # CUDA does not survive a fork
-        initializer=_enter,
-        initargs=(threads, data),
-    )
-    pending: dict[Future[Any], Job] = {}
-    waiting = list(jobs)
-    finished = False
+    slots = [_Worker(threads, data) for _ in range(min(workers, len(jobs)))]
     try:
-        while waiting or pending:
-            # No more than there are processes, so that a broken pool has few suspects.
-            while waiting and len(pending) < workers:
-                job = waiting.pop(0)
-                pending[pool.submit(run_job, job.problem, dict(job.options))] = job
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                if not isinstance(future.exception(), BrokenProcessPool):
-                    yield pending.pop(future), future.result()
-            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
-                return list(pending.values()), waiting
-        finished = True
-        return [], []
-    except BrokenProcessPool:  # while a job was handed over
-        return list(pending.values()), [job, *waiting]
-    finally:
-        if not finished:  # no need to wait for what nobody will read
-            for child in set(multiprocessing.active_children()) - before:
-                child.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+        yield from _spread(jobs, slots)
+    finally:  # where it is not finished, what still runs is of no use
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+        for slot in slots:
+            slot.close()
+
+
+def _spread(jobs: Sequence[Job], slots: Sequence[_Worker]) -> Generator[Outcome, None, None]:
+    waiting, idle = deque(jobs), list(slots)
+    running: dict[Future[dict[str, Any]], tuple[Job, _Worker]] = {}
+    while waiting or running:
+        while waiting and idle:
+            job, worker = waiting.popleft(), idle.pop()
+            running[worker.start(job)] = job, worker
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job, worker = running.pop(future)
+            idle.append(worker)
+            died = isinstance(future.exception(), BrokenProcessPool)
+            yield job, dict(_DIED) if died else future.result()
+
+
+class _Worker:
+    """A pool of one process, which makes known whose job took it down, and a new process after that.
+
+    loky's pools were tried: their process outlives a parent that was killed, until its job ends, and a larger pool
+    does not say which of its jobs was at fault.
+    """
+
+    def __init__(self, threads: int, data: str | None) -> None:
+        self._initial = threads, data
+        self._pool = self._new_pool()
+
+    def start(self, job: Job) -> Future[dict[str, Any]]:
+        try:
+            return self._pool.submit(run_job, job.problem, dict(job.options))
+        except BrokenProcessPool:  # by the job before
+            self._pool = self._new_pool()
+            return self._pool.submit(run_job, job.problem, dict(job.options))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        return ProcessPoolExecutor(1, spawn, initializer=_enter, initargs=self._initial)
 
 
 def _enter(threads: int, data: str | None) -> None:
@@ -114,7 +117,7 @@ def _enter(threads: int, data: str | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers, which would wait for work forever."""
+    """End this process with its parent. A parent that is killed cannot tell its workers to stop."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -72,7 +72,7 @@ def choose(
         The index of the chosen option per place, None where no choice stays within the limits.
 
     Raises:
-        ImportError: SciPy is not installed.
+        ModuleNotFoundError: SciPy is not installed.
 
     Example:
         >>> choose([[(0, 0, 0), (-2, 1, 0)], [(0, 0, 0), (-3, 2, 0)]], 0, (9, 2, 9))
@@ -82,7 +82,9 @@ def choose(
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError as error:
-        raise ImportError("planning needs SciPy: pip install 'backsketch[train]'") from error
+        raise ModuleNotFoundError(
+            "a plan under a limit needs SciPy: pip install 'backsketch[plan]'", name="scipy"
+        ) from error
 
     owner = np.repeat(np.arange(len(costs)), [len(options) for options in costs])
     table = np.array([cost for options in costs for cost in options], dtype=float)

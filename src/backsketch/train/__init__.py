@@ -8,8 +8,8 @@ from __future__ import annotations
 from backsketch.train.config import RECIPES as RECIPES
 from backsketch.train.config import Recipe as Recipe
 from backsketch.train.config import TrainConfig as TrainConfig
-from backsketch.train.data import load_data as load_data
+from backsketch.train.errors import Interrupted as Interrupted
 from backsketch.train.errors import TrainError as TrainError
 from backsketch.train.images import ImageData as ImageData
-from backsketch.train.interrupt import Interrupted as Interrupted
+from backsketch.train.load import load_data as load_data
 from backsketch.train.run import train as train

@@ -1,22 +1,20 @@
-"""``--sketch auto``: some exact steps, a profile of the model as it is then, and a controller from there on."""
+"""``--sketch auto`` trains some exact steps, profiles the model, and lets a controller move the keeps."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.planning.record import Option, SlotProfile
 from backsketch.planning.sites import Site, find_sites
 from backsketch.train import measure
 
-if TYPE_CHECKING:
-    from backsketch.train.loop import Trainer
-
-__all__ = ["AUTO", "Auto"]
+__all__ = ["AUTO", "Auto", "Run"]
 
 AUTO = "auto"
 PROFILE_BATCHES = 2  # the controller measures the noise again, and goes on measuring it
@@ -24,6 +22,34 @@ INTERVAL = 300  # steps between its replays; a number, so that a resumed run is 
 TARGET = 0.05
 _START = 0.5  # the keep that a place begins with
 _LEAST = 0.02  # of a step's time, to be saved at a place
+
+
+class Run(Protocol):
+    """What `Auto` asks of a run.
+
+    Attributes:
+        core: the model.
+        model: the model as it is called, wrapped where there are several processes.
+    """
+
+    core: nn.Module
+    model: nn.Module
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+
+    def now(self) -> float:
+        """Seconds, by the clock that times the steps."""
+
+    def batch_of(self, step: int) -> Any:
+        """This process's first micro-batch of a step, counted from the start of the run."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss as in training."""
+
+    def measure_cost(self) -> None:
+        """Run one measured pass, in which the regions of the model are captured and verified."""
 
 
 class Auto:
@@ -49,45 +75,42 @@ class Auto:
         self.steps_at: Counter[tuple[float, ...]] = Counter()
         self.controller: bs.Controller | None = None
 
-    def before(self, trainer: Trainer) -> None:
-        """To be called before every step; the one after the warm-up begins with the profile."""
-        steps = trainer.epoch * trainer.batches.steps_per_epoch + trainer.step
-        if self.rules is None and steps >= self.start:
-            began = trainer.now()
-            self._choose(trainer)
-            self.seconds = trainer.now() - began
+    def before(self, run: Run) -> None:
+        """Call this before every step. The one after the exact first steps begins with the profile."""
+        if self.rules is None and run.steps >= self.start:
+            began = run.now()
+            self._choose(run)
+            self.seconds = run.now() - began
 
     def after(self) -> None:
-        """To be called between the backward pass and the optimizer's step."""
+        """Call this between the backward pass and the optimizer's step."""
         if self.rules:
             self.steps_at[self._keeps()] += 1
         if self.controller is not None:
             self.controller.step()
 
-    def mean_arithmetic(self, trainer: Trainer) -> float:
-        """Matrix products of the backward passes over those of exact ones, the mean over the steps of the run."""
-        core, batch = trainer.core, trainer.micro_batch(0, 0)
+    def mean_arithmetic(self, run: Run) -> float:
+        """Mean over the steps of the run: matrix products of the backward pass over those of an exact one."""
+        core, batch = run.core, run.batch_of(0)
         with bs.exact(core):
-            exact = measure.backward_flops(core, batch, trainer.loss)
-        steps = len(trainer.history.losses)
+            exact = measure.backward_flops(core, batch, run.loss)
+        steps = run.steps
         arithmetic = float(steps - self.steps_at.total())
         sites, now = find_sites(core), self._keeps()
         for keeps, count in self.steps_at.items():
             _set(sites, keeps)
-            arithmetic += count * measure.backward_flops(core, batch, trainer.loss) / exact
+            arithmetic += count * measure.backward_flops(core, batch, run.loss) / exact
         _set(sites, now)
         return arithmetic / steps
 
     def _keeps(self) -> tuple[float, ...]:
         return () if self.controller is None else tuple(self.controller.keeps.values())
 
-    def _choose(self, trainer: Trainer) -> None:
-        last = trainer.batches.steps_per_epoch
-        steps = [(trainer.step + i) % last for i in range(PROFILE_BATCHES)]
-        batches = [trainer.micro_batch(trainer.epoch, step) for step in steps]
+    def _choose(self, run: Run) -> None:
+        batches = [run.batch_of(run.steps + i) for i in range(PROFILE_BATCHES)]
         profile = None
         try:
-            profile = bs.profile(trainer.core, batches, trainer.loss, progress=False)
+            profile = bs.profile(run.core, batches, run.loss, progress=False)
             rules, reason = _structure(profile)
         except ValueError as error:  # nothing to sketch, say
             rules, reason = {}, str(error)
@@ -95,18 +118,18 @@ class Auto:
         (found,) = broadcast_object_list([(rules, reason, profile)])
         self.rules, self.reason, profile = found
         if self.rules:
-            self._apply(trainer, profile)
+            self._apply(run, profile)
 
-    def _apply(self, trainer: Trainer, profile: bs.Profile | None) -> None:
+    def _apply(self, run: Run, profile: bs.Profile | None) -> None:
         assert self.rules is not None
-        bs.sketch_(trainer.core, {pattern: bs.parse(text) for pattern, text in self.rules.items()})
-        if find_sites(trainer.core):  # rounding has no keep to move
+        bs.sketch_(run.core, {pattern: bs.parse(text) for pattern, text in self.rules.items()})
+        if find_sites(run.core):  # rounding has no keep to move
             self.controller = bs.Controller(
-                trainer.model, self.target, profile=profile, interval=INTERVAL
+                run.model, self.target, profile=profile, interval=INTERVAL
             )
 
     def result(self) -> dict[str, Any]:
-        """What there is to tell, with plain values."""
+        """What was chosen, changed and is advised, with plain values."""
         found: dict[str, Any] = {
             "plan": self.rules or {},
             "reason": self.reason,
@@ -130,13 +153,13 @@ class Auto:
             "controller": None if control is None else control.state_dict(),
         }
 
-    def load_state_dict(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
-        """Continue; the regions prove themselves at once, as they had in the run that was saved."""
+    def load_state_dict(self, run: Run, state: Mapping[str, Any]) -> None:
+        """Continue a saved run. Regions are captured at once, so that the next step uses them as it would have."""
         self.rules, self.reason, self.seconds = (state[k] for k in ("rules", "reason", "seconds"))
         self.steps_at = Counter({tuple(keeps): count for keeps, count in state.get("steps_at", [])})
         if self.rules:
-            self._apply(trainer, None)
-            trainer.prove()
+            self._apply(run, None)
+            run.measure_cost()
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
 

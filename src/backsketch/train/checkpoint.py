@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+import backsketch as bs
 from backsketch.train.errors import TrainError
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {
     *("format", "config", "sketched", "data", "processes"),
     *("model", "optimizer", "scheduler", "scaler"),
@@ -48,3 +49,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"the checkpoint {path} has format {state['format']}, this version reads {FORMAT}"
         )
     return state
+
+
+def random_state(device: torch.device, sketched: bool) -> dict[str, Any]:
+    """The random streams of this process: PyTorch's, the device's, the sketches'."""
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "sketch": bs.get_rng_state() if sketched else None,
+    }
+
+
+def set_random_state(device: torch.device, state: Mapping[str, Any]) -> None:
+    """Set the streams to what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"], device)
+    if state["sketch"] is not None:
+        bs.set_rng_state(state["sketch"])

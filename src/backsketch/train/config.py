@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import ceil
 from types import MappingProxyType
 from typing import Any
 
+import backsketch as bs
+from backsketch.estimators import Sketch
 from backsketch.train.errors import TrainError
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -170,3 +173,30 @@ def mismatch(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
         if name != "device" and saved.get(name) != value:
             return f"it was made with {name} = {saved.get(name)!r}, not {value!r}"
     return None
+
+
+def parse_rules(text: str) -> Sketch | dict[str, Sketch | None]:
+    """What :func:`backsketch.sketch_` takes, from text.
+
+    Args:
+        text: one sketch for :func:`backsketch.parse`, or a JSON object from patterns to such texts, in
+            which ``null`` leaves a module exact.
+
+    Raises:
+        ValueError: a text that is neither, or an empty object.
+
+    Example:
+        >>> parse_rules("rows:keep=0.5")
+        Rows(keep=0.5, scores='optimal', design='systematic')
+        >>> parse_rules('{"head": null, "": "mask:keep=0.75"}')
+        {'head': None, '': Mask(keep=0.75, row_dims=1)}
+    """
+    if not text.lstrip().startswith("{"):
+        return bs.parse(text)
+    try:
+        rules: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the sketch {text} is not a JSON object: {error}") from error
+    if not rules:
+        raise ValueError("the sketch {} has no rules; say none for exact training")
+    return {pattern: None if rule is None else bs.parse(rule) for pattern, rule in rules.items()}

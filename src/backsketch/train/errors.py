@@ -1,7 +1,52 @@
-"""The one exception that the command line turns into one sentence and exit code 2."""
+"""How a run ends early: an error that a user can set right, or a signal after which a checkpoint is written."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
 
 class TrainError(ValueError):
-    """Something that a user can set right: an option, a dataset, a checkpoint."""
+    """Something that a user can set right: an option, a dataset, a checkpoint. Commands print it alone."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, after a checkpoint."""
+
+    def __init__(self, checkpoint: Path, signum: int):
+        super().__init__(f"stopped; the checkpoint is {checkpoint}")
+        self.checkpoint = checkpoint
+        self.exit_code = 128 + signum
+
+
+class StopRequest:
+    """Context in which the first SIGINT or SIGTERM is noted and the second acts as usual."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # the only one allowed to ask
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())

@@ -1,9 +1,11 @@
-"""What happened during a run: the numbers behind the plot and most of the result."""
+"""The numbers that a run collects, from which the plot and most of the result are made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,3 +66,33 @@ class History:
         """The inverse of `state_dict`."""
         evaluations = [Evaluation(**e) for e in state["evaluations"]]
         return cls(**{**state, "evaluations": evaluations})
+
+
+class StepClock:
+    """Marks the end of each step; the seconds between marks are read once, at the end.
+
+    On CUDA the marks are events in the stream, so that timing never makes the device wait; elsewhere
+    they are readings of ``now``.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
+        self._cuda, self._now = device.type == "cuda", now
+        self._marks: list[Any] = [self._mark()]
+
+    def tick(self) -> None:
+        """A step ends here and the next begins."""
+        self._marks.append(self._mark())
+
+    def seconds(self) -> list[float]:
+        """Duration of each step so far."""
+        if not self._cuda:
+            return [b - a for a, b in pairwise(self._marks)]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in pairwise(self._marks)]
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return self._now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

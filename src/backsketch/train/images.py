@@ -1,13 +1,23 @@
-"""Image-classification data in memory."""
+"""Image-classification data in memory, and the batches that training draws from it.
+
+Order, augmentation and normalisation of a batch are pure functions of the seed, the epoch and the step. So a
+run that stops after any step continues with exactly the batches that it would have seen, and the number of
+processes does not change what is in a batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from backsketch import models
+from backsketch.train.config import TrainConfig
 from backsketch.train.errors import TrainError
 
 HELD_OUT = 0.25
@@ -40,12 +50,16 @@ class ImageData:
     def num_train(self) -> int:
         return len(self.train_labels)
 
+    @property
+    def num_test(self) -> int:
+        return len(self.test_labels)
+
     def summary(self) -> dict[str, Any]:
         """What `result.json` says about the data, and what a checkpoint must agree with."""
         return {
             "name": self.name,
             "num_train": self.num_train,
-            "num_test": len(self.test_labels),
+            "num_test": self.num_test,
             "num_classes": self.num_classes,
             "image_shape": list(self.image_shape),
             "test_split": self.test_split,
@@ -63,6 +77,30 @@ class ImageData:
         # A constant channel has variance zero: leave it at zero rather than divide by it.
         std = torch.where(variance > 1e-6, variance, torch.ones_like(variance)).sqrt()
         return mean.float(), std.float()
+
+    def build(self, config: TrainConfig) -> nn.Module:
+        """A new model for these images and classes.
+
+        Raises:
+            ValueError: the model has no such option, or does not fit the images.
+        """
+        return models.build(
+            config.model, self.image_shape, self.num_classes, **config.model_options
+        )
+
+    def batches(self, config: TrainConfig, device: torch.device, rank: int, world: int) -> Batches:
+        """The batches of one process; see `Batches`."""
+        return Batches(self, config, device, rank, world)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy of a batch, in float32."""
+        return F.cross_entropy(model(batch.images).float(), batch.labels)
+
+    def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Number of images classified correctly, and the sum of their losses."""
+        logits = model(batch.images).float()
+        correct = (logits.argmax(1) == batch.labels).sum()
+        return correct, F.cross_entropy(logits, batch.labels, reduction="sum")
 
     def limited(self, limit: int | None, seed: int = HELD_OUT_SEED) -> ImageData:
         """The same data with a seeded subset of `limit` training images.
@@ -91,3 +129,128 @@ def held_out(name: str, images: Tensor, labels: Tensor, num_classes: int) -> Ima
         name, images[train], labels[train], images[test], labels[test], num_classes,
         test_split=f"held out, {HELD_OUT:.0%} of train",
     )  # fmt: skip
+
+
+ORDER, AUGMENT, DROPOUT = range(3)  # the purposes that random streams are kept apart by
+EVAL_BATCH = 512  # at most, and at most four times what a training step holds
+ON_DEVICE_BYTES = 4 * 2**30
+
+
+def stream(seed: int, *keys: int) -> torch.Generator:
+    """A CPU generator for one purpose; other keys give an unrelated stream."""
+    state = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` (rows, channels, height, width) float32, normalised; `labels` (rows,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Batches:
+    """The batches that one process sees.
+
+    Args:
+        data: uint8 images; moved to the device once where they fit.
+        config: batch size, accumulation, augmentation and seed.
+        device: where the batches are wanted.
+        rank: this process.
+        world: how many processes share each batch.
+
+    Raises:
+        TrainError: the batch is larger than the data, or cannot be shared out evenly.
+    """
+
+    def __init__(
+        self, data: ImageData, config: TrainConfig, device: torch.device, rank: int, world: int
+    ):
+        shares = world * config.grad_accumulation
+        if config.batch_size > data.num_train:
+            raise TrainError(
+                f"the batch of {config.batch_size} is larger than the {data.num_train} train images"
+            )
+        if config.batch_size % shares:
+            raise TrainError(
+                f"the batch of {config.batch_size} does not divide into {shares} equal parts "
+                f"({world} processes, {config.grad_accumulation} accumulated micro-batches)"
+            )
+        self.config, self.rank, self.world, self.device = config, rank, world, device
+        self.steps_per_epoch = data.num_train // config.batch_size
+        self._eval_batch = min(4 * config.batch_size // shares, EVAL_BATCH)
+        size = data.train_images.numel() + data.test_images.numel()
+        home = device if size <= ON_DEVICE_BYTES else torch.device("cpu")
+        self._train = data.train_images.to(home), data.train_labels.to(home)
+        self._test = data.test_images.to(home), data.test_labels.to(home)
+        mean, std = (v.to(device).view(1, -1, 1, 1) for v in data.statistics())
+        self._mean, self._std = mean, std
+
+    def train(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """The optimizer steps of an epoch, each a list of this process's micro-batches."""
+        images, labels = self._train
+        size, seed = self.config.batch_size, self.config.seed
+        order = torch.randperm(len(labels), generator=stream(seed, ORDER, epoch))
+        for step in range(first_step, self.steps_per_epoch):
+            rows = order[step * size : (step + 1) * size]
+            draws = self._draw_augmentation(epoch, step)
+            yield [
+                self._batch(images, labels, rows[part], draws[part] if draws is not None else None)
+                for part in self._parts()
+            ]
+
+    def test(self) -> Iterator[Batch]:
+        """This process's share of the test split, in order."""
+        images, labels = self._test
+        for rows in torch.arange(self.rank, len(labels), self.world).split(self._eval_batch):
+            yield self._batch(images, labels, rows, None)
+
+    def _parts(self) -> list[slice]:
+        """Which rows of a step are this process's, one slice per micro-batch."""
+        size = self.config.batch_size // (self.world * self.config.grad_accumulation)
+        starts = range(self.rank * size, self.config.batch_size, self.world * size)
+        return [slice(start, start + size) for start in starts]
+
+    def _draw_augmentation(self, epoch: int, step: int) -> Tensor | None:
+        """Vertical shift, horizontal shift and flip per image, `(batch, 3)` in [0, 1)."""
+        if not self.config.augment:
+            return None
+        generator = stream(self.config.seed, AUGMENT, epoch, step)
+        return torch.rand(self.config.batch_size, 3, generator=generator)
+
+    def _batch(self, images: Tensor, labels: Tensor, rows: Tensor, draws: Tensor | None) -> Batch:
+        rows = rows.to(images.device)
+        pixels = images[rows].to(self.device, non_blocking=True)
+        if draws is not None:
+            pixels = crop_and_flip(pixels, draws.to(self.device))
+        # Convolutions keep the layout of their input, and channels last is the fast one.
+        pixels = pixels.float().contiguous(memory_format=torch.channels_last)
+        return Batch(
+            pixels.sub_(self._mean).div_(self._std),
+            labels[rows].to(self.device, non_blocking=True),
+        )
+
+
+def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Random crop of the reflection-padded image (an eighth on each side), random mirror image.
+
+    One gather with index arithmetic instead of padding: position `p` shifted by `d` reads pixel
+    `p + d`, reflected at both borders.
+
+    Shapes: images `(n, c, h, w)`, draws `(n, 3)` uniform in [0, 1), returns `(n, c, h, w)`.
+    """
+    count, _, height, width = images.shape
+    y = _shifted(draws[:, 0], height)
+    x = _shifted(draws[:, 1], width)
+    x = torch.where(draws[:, 2:] < 0.5, x.flip(1), x)
+    n = torch.arange(count, device=images.device)
+    # Advanced indices around a slice put the channels last.
+    return images[n[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _shifted(draw: Tensor, size: int) -> Tensor:
+    pad = size // 8
+    shift = (draw * (2 * pad + 1)).long() - pad
+    index = (torch.arange(size, device=draw.device) + shift[:, None]).abs()
+    return (size - 1) - (size - 1 - index).abs()

@@ -1,41 +1,80 @@
-"""One run: a model, exact or sketched, trained from a configuration, stoppable after any step."""
+"""A trainer: one model, exact or sketched, trained from a configuration, stoppable after any step."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import backsketch as bs
-from backsketch import models
 from backsketch.train import measure
 from backsketch.train.auto import AUTO, Auto
-from backsketch.train.batches import DROPOUT, Batch, Batches, stream
-from backsketch.train.checkpoint import load_checkpoint, save_checkpoint
-from backsketch.train.clock import StepClock
-from backsketch.train.config import TrainConfig
-from backsketch.train.errors import TrainError
-from backsketch.train.history import Evaluation, History
-from backsketch.train.images import ImageData
-from backsketch.train.interrupt import Interrupted, StopRequest
-from backsketch.train.progress import TrainProgress
+from backsketch.train.checkpoint import (
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from backsketch.train.config import TrainConfig, mismatch, parse_rules
+from backsketch.train.errors import Interrupted, StopRequest, TrainError
+from backsketch.train.history import Evaluation, History, StepClock
+from backsketch.train.images import DROPOUT, stream
 from backsketch.train.setup import make_optimizer, make_schedule
-from backsketch.train.sketches import parse_rules
-from backsketch.train.state import misfit, random_state, restore, state_of
+from backsketch.train.show import TrainProgress
+
+__all__ = ["Batches", "Data", "Trainer"]
 
 CHECK_STOP_EVERY = 10  # steps between agreements of several processes on whether to stop
 SHOW_LOSS_EVERY = 20  # steps between readings of the loss on a GPU
 VARIANCE_BATCHES = 6
 VARIANCE_TIMES = 4
+
+
+class Batches(Protocol):
+    """Batches of one process; `train` is a pure function of the seed, the epoch and the step."""
+
+    steps_per_epoch: int
+
+    def train(self, epoch: int, first_step: int = 0) -> Iterator[list[Any]]:
+        """The optimizer steps of an epoch, each a list of this process's micro-batches."""
+
+    def test(self) -> Iterator[Any]:
+        """This process's share of the test split."""
+
+
+class Data(Protocol):
+    """What a trainer asks of its data. What a batch is, only the data know.
+
+    Attributes:
+        num_test: how many items `score` counts over the whole test split.
+    """
+
+    @property
+    def num_test(self) -> int: ...
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for `result.json`, and what a checkpoint must agree with."""
+
+    def build(self, config: TrainConfig) -> nn.Module:
+        """A new model that fits the data; ValueError with the reason where it cannot."""
+
+    def batches(self, config: TrainConfig, device: torch.device, rank: int, world: int) -> Batches:
+        """The batches of one process."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean loss of a batch."""
+
+    def score(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """How many items of a test batch are predicted correctly, and the sum of their losses."""
 
 
 class Trainer:
@@ -46,7 +85,7 @@ class Trainer:
 
     Args:
         job: the configuration of the job.
-        data: in memory.
+        data: images in memory, or anything else with the methods of `Data`.
         accelerator: device, precision, processes.
         checkpoint: the file that the run writes and resumes from.
         exact: train without the sketch of the job, as the run that is compared with.
@@ -59,7 +98,7 @@ class Trainer:
     def __init__(
         self,
         job: TrainConfig,
-        data: ImageData,
+        data: Data,
         accelerator: Accelerator,
         checkpoint: Path,
         *,
@@ -71,8 +110,8 @@ class Trainer:
         self.accelerator, self.checkpoint, self.now = accelerator, checkpoint, now
         self.sketched = config.sketch != "none"
         self.report: bs.Report | None = None
-        self.batches = Batches(
-            data, config, accelerator.device, accelerator.process_index, accelerator.num_processes
+        self.batches = data.batches(
+            config, accelerator.device, accelerator.process_index, accelerator.num_processes
         )
         self.core = self._build().to(accelerator.device)
         optimizer = make_optimizer(self.core, config)
@@ -89,6 +128,11 @@ class Trainer:
             bs.seed(config.seed)
         self.epoch, self.step = 0, 0  # step counts within the epoch
         self.history = History()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self.epoch * self.batches.steps_per_epoch + self.step
 
     def fit(self, progress: TrainProgress, stop: StopRequest) -> None:
         """Train to the end, with evaluations as configured and a checkpoint after every epoch.
@@ -126,12 +170,10 @@ class Trainer:
         with torch.no_grad():
             for batch in self.batches.test():
                 with self.accelerator.autocast():
-                    logits = self.model(batch.images).float()
-                sums[0] += (logits.argmax(1) == batch.labels).sum()
-                sums[1] += F.cross_entropy(logits, batch.labels, reduction="sum")
+                    sums += torch.stack([s.double() for s in self.data.score(self.model, batch)])
         self.model.train()
         correct, loss = self.accelerator.reduce(sums, "sum").tolist()
-        count, seconds = len(self.data.test_labels), self.history.train_seconds
+        count, seconds = self.data.num_test, self.history.train_seconds
         return Evaluation(
             self.epoch, len(self.history.losses), seconds, correct / count, loss / count
         )
@@ -140,10 +182,8 @@ class Trainer:
         """Measured at the present weights; 0 for an exact run, None where it cannot be measured."""
         if not self.sketched:
             return 0.0
-        batches = []
-        for number in range(VARIANCE_BATCHES):
-            epoch, step = divmod(number, self.batches.steps_per_epoch)
-            batches.append(self.micro_batch(self.config.epochs + epoch, step))
+        # Beyond the last step of the run: an order that training does not use.
+        batches = [self.batch_of(self.total_steps + i) for i in range(VARIANCE_BATCHES)]
         return measure.extra_variance(self.core, batches, self.loss)
 
     def last_epoch_loss(self) -> float:
@@ -152,8 +192,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint; every process must call this."""
-        random = gather_object([random_state(self)])
-        state = state_of(self, random)  # a controller gathers its scores for it, on every process
+        state = self.state_dict()
         if self.accelerator.is_main_process:
             save_checkpoint(self.checkpoint, state)
 
@@ -165,9 +204,62 @@ class Trainer:
                 processes; nothing has changed then.
         """
         state = load_checkpoint(self.checkpoint)
-        if reason := misfit(self, state):
+        if reason := self._misfit(state):
             raise TrainError(f"the checkpoint {self.checkpoint} does not fit this run: {reason}")
-        restore(self, state)
+        self.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run must remember to continue exactly; every process must call this.
+
+        The order of the data and its augmentation need no state: they follow from the seed, the epoch
+        and the step. It is one file, not accelerate's `save_state`: that writes several files, so that a
+        process killed between two of them leaves a mixture of two steps, and its random states can
+        only be read by unpickling.
+        """
+        random = random_state(self.accelerator.device, self.sketched)
+        scaler = self.accelerator.scaler
+        return {
+            "config": self.job.as_dict(),
+            "sketched": self.sketched,
+            "data": self.data.summary(),
+            "processes": self.accelerator.num_processes,
+            "model": self.core.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "random": gather_object([random]),
+            "history": self.history.state_dict(),
+            # A controller gathers its scores for this, on every process.
+            "auto": None if self.auto is None else self.auto.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that fits this trainer."""
+        self.core.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.history = History.from_state(state["history"])
+        if self.auto is not None:
+            self.auto.load_state_dict(self, state["auto"])
+        set_random_state(self.accelerator.device, state["random"][self.accelerator.process_index])
+
+    def _misfit(self, state: Mapping[str, Any]) -> str | None:
+        """Why this trainer cannot continue from a state, in words; None where it can."""
+        processes, data = self.accelerator.num_processes, self.data.summary()
+        if reason := mismatch(state["config"], self.job.as_dict()):
+            return reason
+        if state["sketched"] != self.sketched:
+            return "one is exact and the other is sketched"
+        if state["data"] != data:
+            return f"it was made with the data {state['data']}, not {data}"
+        if state["processes"] != processes:
+            return f"it was made with {state['processes']} processes, not {processes}"
+        return None
 
     def _variance_epochs(self) -> set[int]:
         """Ends of epochs, spread over the run and the last among them."""
@@ -178,9 +270,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         try:
-            model = models.build(
-                config.model, self.data.image_shape, self.data.num_classes, **config.model_options
-            )
+            model = self.data.build(config)
             if self.sketched and config.sketch != AUTO:
                 self.report = bs.sketch_(model, parse_rules(config.sketch))
         except ValueError as error:  # both explain themselves to the user
@@ -191,7 +281,7 @@ class Trainer:
 
     def _cost(self, arithmetic: float | None = None) -> dict[str, float]:
         """What a step costs; its arithmetic is measured at the present keeps where it is not given."""
-        batch = self.micro_batch(0, 0)
+        batch = self.batch_of(0)
         if arithmetic is None:
             arithmetic = 1.0
             if self.sketched:
@@ -199,18 +289,18 @@ class Trainer:
         saved = measure.saved_bytes(self.core, batch, self.loss)
         return {"backward_flops_ratio": arithmetic, "peak_saved_bytes": saved}
 
-    def prove(self) -> None:
-        """One measured pass: the regions of a restored run prove themselves before it goes on."""
+    def measure_cost(self) -> None:
+        """Run one measured pass, in which the regions of the model are captured and verified."""
         self.cost = self._cost()
 
-    def micro_batch(self, epoch: int, step: int) -> Batch:
-        """This process's first micro-batch of a step."""
-        return next(self.batches.train(epoch, step))[0]
+    def batch_of(self, step: int) -> Any:
+        """This process's first micro-batch of a step, counted from the start of the run."""
+        return next(self.batches.train(*divmod(step, self.batches.steps_per_epoch)))[0]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Loss as in training, scaled as in training, for measurements on the bare model."""
         with self.accelerator.autocast():
-            loss = F.cross_entropy(model(batch.images).float(), batch.labels)
+            loss = self.data.loss(model, batch)
         scaler = self.accelerator.scaler
         return loss if scaler is None else loss * scaler.get_scale()
 
@@ -238,7 +328,7 @@ class Trainer:
         self.history.step_seconds += clock.seconds()
         return stopped
 
-    def _optimizer_step(self, micro_batches: list[Batch]) -> Tensor:
+    def _optimizer_step(self, micro_batches: list[Any]) -> Tensor:
         """One update; returns the mean loss of this process's micro-batches."""
         total = torch.zeros((), device=self.accelerator.device)
         last = len(micro_batches) - 1
@@ -246,8 +336,7 @@ class Trainer:
             sync = nullcontext() if number == last else self.accelerator.no_sync(self.model)
             with sync:
                 with self.accelerator.autocast():
-                    logits = self.model(batch.images).float()
-                loss = F.cross_entropy(logits, batch.labels) / len(micro_batches)
+                    loss = self.data.loss(self.model, batch) / len(micro_batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
         if self.auto is not None:

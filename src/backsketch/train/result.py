@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from backsketch.train.history import History
 from backsketch.train.loop import Trainer
@@ -97,78 +96,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
-
-
-def comparison(result: Mapping[str, Any]) -> Table:
-    """The table of a run, with the exact run and the ratio beside it where there is one."""
-    exact = result.get("exact")
-    table = Table()
-    table.add_column("")
-    for heading in ("exact", "sketched", "sketched / exact") if exact else ("value",):
-        table.add_column(heading, justify="right")
-    for key, label, form, compared in _ROWS:
-        values = [exact[key], result[key]] if exact else [result[key]]
-        cells = ["not measurable" if v is None else form(v) for v in values]
-        if exact:
-            known = compared and None not in values and values[0]
-            cells.append(f"{values[1] / values[0]:.2f}" if known else "")
-        table.add_row(label, *cells)
-    return table
-
-
-def headline(result: Mapping[str, Any]) -> str:
-    """Model, data, epochs and sketch in one line."""
-    config = result["config"]
-    sketch = "exact" if config["sketch"] == "none" else config["sketch"]
-    return f"{config['model']} on {Path(config['data']).name}, {config['epochs']} epochs, {sketch}"
-
-
-def verdict(result: Mapping[str, Any]) -> str:
-    """One sentence: did the sketch pay here, in time per step; of `auto`, whose steps differ, in all."""
-    exact = result["exact"]
-    key, what = (
-        ("train_seconds", "the run") if "auto" in result else ("step_seconds_median", "a step")
-    )
-    ratio = result[key] / exact[key]
-    flops = 1 - result["backward_flops_ratio"]
-    gap = 100 * (result["test_accuracy"] - exact["test_accuracy"])
-    pays = (
-        f"{what} takes {1 - ratio:.0%} less time"
-        if ratio < 1
-        else f"{what} takes {ratio - 1:.0%} more time: at these sizes the sketch does not pay here"
-    )
-    return (
-        f"{flops:.0%} less arithmetic in the backward pass, {gap:+.1f} points of accuracy; {pays}."
-    )
-
-
-def automatic(result: Mapping[str, Any]) -> str:
-    """What the sketch `auto` did, and why."""
-    auto = result["auto"]
-    took = f"profile {auto['profile_seconds']:.1f} s"
-    if not auto["plan"]:
-        return f"trained exactly ({took}): {auto['reason']}"
-    plan = ", ".join(f"{name or '(model)'} {text}" for name, text in auto["plan"].items())
-    if "keeps" not in auto:
-        return f"{plan} ({took})"
-    last = auto["log"][-1:]
-    return "\n".join([f"{plan} ({took}), {len(auto['log'])} changes", *last, auto["advice"]])
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**20:.2f} MiB"
-
-
-_ROWS = (
-    ("test_accuracy", "test accuracy", "{:.2%}".format, False),
-    ("train_loss", "train loss, last epoch", "{:.4f}".format, False),
-    ("steps", "steps", "{:d}".format, False),
-    ("step_seconds_median", "median step", lambda s: f"{1000 * s:.2f} ms", True),
-    ("train_seconds", "training time", "{:.1f} s".format, True),
-    ("backward_flops_ratio", "backward arithmetic", "{:.3f}".format, True),
-    ("peak_saved_bytes", "saved for the backward", _bytes, True),
-    ("extra_variance", "extra variance ω", "{:.3f}".format, False),
-)
 
 
 def _finite(value: Any) -> Any:

@@ -16,17 +16,20 @@ from rich.console import Console
 
 from backsketch.train.auto import AUTO
 from backsketch.train.checkpoint import load_checkpoint
-from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, resolve
-from backsketch.train.data import load_data
-from backsketch.train.errors import TrainError
-from backsketch.train.images import ImageData
-from backsketch.train.interrupt import StopRequest
-from backsketch.train.loop import Trainer
-from backsketch.train.plot import plot_result
-from backsketch.train.progress import TrainProgress
-from backsketch.train.result import automatic, comparison, headline, result_of, verdict, write_json
+from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, parse_rules, resolve
+from backsketch.train.errors import StopRequest, TrainError
+from backsketch.train.load import load_data
+from backsketch.train.loop import Data, Trainer
+from backsketch.train.result import result_of, write_json
 from backsketch.train.setup import make_accelerator
-from backsketch.train.sketches import parse_rules
+from backsketch.train.show import (
+    TrainProgress,
+    automatic,
+    comparison,
+    headline,
+    plot_result,
+    verdict,
+)
 
 CHECKPOINT = "checkpoint.pt"
 EXACT_CHECKPOINT = "exact.pt"
@@ -143,7 +146,7 @@ def _prepare_folder(out: Path, resume: bool, console: Console) -> None:
 
 def _runs(
     config: TrainConfig,
-    data: ImageData,
+    data: Data,
     accelerator: Accelerator,
     out: Path,
     resume: bool,

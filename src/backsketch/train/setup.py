@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
 
 from backsketch.train.config import TrainConfig
 from backsketch.train.errors import TrainError
@@ -33,39 +38,44 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     )
 
 
-def one_cycle(progress: float, warmup: float) -> float:
+def one_cycle(optimizer: Optimizer, steps: int, warmup: int) -> LRScheduler:
     """Half a cosine up from 1/25 and half a cosine down to 0 (Smith and Topin 2018)."""
-    if progress < warmup:
-        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * progress / warmup)) / 2
-    return cosine(progress, warmup)
+    (peak,) = {group["lr"] for group in optimizer.param_groups}
+    rising = warmup if warmup > 1 else 0  # one step of warm-up would begin at its end: 0 over 0
+    # One step more than there are, whose rate of about zero no step is wasted on.
+    return OneCycleLR(
+        optimizer, peak, total_steps=steps + 1, pct_start=rising / (steps + 1), cycle_momentum=False
+    )
 
 
-def cosine(progress: float, warmup: float) -> float:
+def cosine(optimizer: Optimizer, steps: int, warmup: int) -> LRScheduler:
     """Linear warm-up, then half a cosine down to 0 (Loshchilov and Hutter 2017)."""
-    if progress < warmup:
-        return progress / warmup
-    return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+    return _after_warmup(optimizer, CosineAnnealingLR(optimizer, steps - warmup), warmup)
 
 
-def constant(progress: float, warmup: float) -> float:
+def constant(optimizer: Optimizer, steps: int, warmup: int) -> LRScheduler:
     """Linear warm-up, then constant."""
-    return min(progress / warmup, 1.0) if warmup else 1.0
+    return _after_warmup(optimizer, ConstantLR(optimizer, factor=1.0, total_iters=0), warmup)
 
 
-SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
+def _after_warmup(optimizer: Optimizer, schedule: LRScheduler, warmup: int) -> LRScheduler:
+    if warmup == 0:
+        return schedule
+    rise = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, schedule], milestones=[warmup])
+
+
+SCHEDULES: Mapping[str, Callable[[Optimizer, int, int], LRScheduler]] = {
     "one-cycle": one_cycle,
     "cosine": cosine,
     "constant": constant,
 }
 
 
-def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LambdaLR:
-    """Learning rate over `steps` optimizer steps, as a fraction of the peak."""
-    return LambdaLR(optimizer, partial(_factor, SCHEDULES[config.schedule], config.warmup, steps))
-
-
-def _factor(shape: Callable[[float, float], float], warmup: float, steps: int, step: int) -> float:
-    return shape((step + 0.5) / steps, warmup)  # the middle of the step: never exactly zero
+def make_schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> LRScheduler:
+    """PyTorch's learning rate schedule over `steps` optimizer steps, of which a share warms up."""
+    warmup = min(round(config.warmup * steps), steps - 1)
+    return SCHEDULES[config.schedule](optimizer, steps, warmup)
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:

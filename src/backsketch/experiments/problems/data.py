@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backsketch.train.data import load_data
 from backsketch.train.images import ImageData
+from backsketch.train.load import load_data
 
 __all__ = ["dataset", "images", "located"]
 

@@ -18,7 +18,7 @@ from backsketch.experiments.problems.data import dataset
 from backsketch.experiments.problems.training import Training, WatchedTrainer, config_of
 from backsketch.planning.bench import checkpointed, clock_of
 from backsketch.train import measure
-from backsketch.train.batches import Batch
+from backsketch.train.images import Batch
 from backsketch.train.setup import make_accelerator
 
 __all__ = ["StepTime", "run"]

@@ -18,12 +18,12 @@ from backsketch.experiments.problems.data import dataset
 from backsketch.theory.noise import GradientSums
 from backsketch.train import measure
 from backsketch.train.config import TrainConfig, resolve
+from backsketch.train.errors import StopRequest
 from backsketch.train.images import ImageData
-from backsketch.train.interrupt import StopRequest
 from backsketch.train.loop import Trainer
-from backsketch.train.progress import TrainProgress
 from backsketch.train.result import curve
 from backsketch.train.setup import make_accelerator
+from backsketch.train.show import TrainProgress
 from backsketch.untouched import untouched
 
 __all__ = ["Training", "WatchedTrainer", "config_of", "run", "sketch_text"]
@@ -40,7 +40,7 @@ class Training:
 
     Attributes:
         arm: what it is called in tables.
-        sketch: text for :func:`backsketch.train.sketches.parse_rules`, a mapping from pattern to such
+        sketch: text for :func:`backsketch.train.config.parse_rules`, a mapping from pattern to such
             texts, ``"auto"`` or ``"none"``.
         limit, limit_test: how many images; all by default.
         evaluations: looks at the test split, per epoch.
@@ -92,8 +92,7 @@ class WatchedTrainer(Trainer):
         parameters = list(self.core.parameters())
         with untouched(self.core, training=True, seed=0):
             for number in range(NOISE_BATCHES):
-                epoch, step = divmod(number, self.batches.steps_per_epoch)
-                batch = self.micro_batch(self.config.epochs + epoch, step)
+                batch = self.batch_of(self.total_steps + number)
                 sums.add(torch.autograd.grad(self.loss(self.core, batch), parameters))
         return sums.noise_scale
 
@@ -114,7 +113,7 @@ def run(options: Training) -> dict[str, Any]:
         trainer = WatchedTrainer(config, data, accelerator, checkpoint, now=time.process_time)
         trainer.fit(TrainProgress(Console(quiet=True), enabled=False), StopRequest())
         with bs.exact(trainer.core):
-            exact = measure.backward_flops(trainer.core, trainer.micro_batch(0, 0), trainer.loss)
+            exact = measure.backward_flops(trainer.core, trainer.batch_of(0), trainer.loss)
     return {**record(trainer), "backward_flops": exact * trainer.cost["backward_flops_ratio"]}
 
 

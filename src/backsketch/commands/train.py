@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from backsketch.train.config import DEFAULT_SKETCH, OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES
-from backsketch.train.errors import TrainError
-from backsketch.train.interrupt import Interrupted
+from backsketch.train.errors import Interrupted, TrainError
 
 # Asking for nothing but these still means the demonstration, which compares. It is small, and threads
 # that wait for each other on a busy machine would decide its timing, so it has one.

@@ -1,4 +1,4 @@
-"""Any image-classification dataset that `datasets.load_dataset` reads, as uint8 tensors."""
+"""Loading image-classification data: scikit-learn's digits, and what `datasets.load_dataset` reads."""
 
 from __future__ import annotations
 
@@ -22,9 +22,39 @@ TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 LABEL_NAMES = ("label", "labels", "class", "target")
 
 
-def load_hub(name: str, label_column: str | None, image_size: int | None) -> ImageData:
-    """Load by hub id or local folder; see `backsketch.train.data.load_data`."""
+def load_data(
+    name: str, *, label_column: str | None = None, image_size: int | None = None
+) -> ImageData:
+    """Load a dataset by name, hub id or local folder.
+
+    The image column is the one of feature type `Image`. The label column is `label_column`, else
+    the first `ClassLabel`, else a column of whole numbers or text called label, labels, class or
+    target. The test split is the dataset's own (a split without labels does not count), else 25 %
+    held out with a fixed seed.
+
+    Args:
+        name: `"digits"`, or what `datasets.load_dataset` takes.
+        label_column: which column holds the classes, where the choice above is not the wanted one.
+        image_size: resize and centre-crop to this many pixels square.
+
+    Raises:
+        TrainError: no such dataset, no images, no labels, or images of several sizes.
+    """
+    if name == "digits":
+        if label_column or image_size:
+            raise TrainError("the digits data takes neither a label column nor an image size")
+        return _digits()
     return _from_splits(name, _load_splits(name), label_column, image_size)
+
+
+def _digits() -> ImageData:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # Values are 0..16: times 15 they fill a byte without loss.
+    images = torch.from_numpy((digits.images * 15).astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    return held_out("digits", images, labels, num_classes=10)
 
 
 def _load_splits(name: str) -> hf.DatasetDict:

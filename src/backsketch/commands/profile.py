@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from backsketch.models import build
 from backsketch.planning import profile
-from backsketch.train.data import load_data
 from backsketch.train.errors import TrainError
 from backsketch.train.images import ImageData
+from backsketch.train.load import load_data
 
 __all__ = ["profile_command"]
 
