@@ -31,7 +31,7 @@ INDUCTOR = "inductor"
 # min-cut partitioner. It is where randomness can go wrong, and compiles in a second.
 PARTITIONED = "aot_eager_decomp_partition"
 
-DRAWN_IN_THE_FORWARD = [e for e in FAMILIES if e.stores_randomly]
+DRAWN_IN_THE_FORWARD = [e for e in FAMILIES if e.needs_forward_seed]
 # One for each way in which a draw can go wrong: a mask, rows chosen in the backward pass, rows chosen
 # in the forward pass, a seed that the backward pass needs again.
 KINDS = [

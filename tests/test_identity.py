@@ -755,7 +755,7 @@ def test_an_activation_in_place_after_a_layer_is_fine(estimator):
     assert equal(*results)
 
 
-SAVES_THE_INPUT = [e for e in FAMILIES if not e.stores_randomly]
+SAVES_THE_INPUT = [e for e in FAMILIES if not e.saves_memory]
 
 
 @pytest.mark.parametrize("build", [
@@ -772,7 +772,7 @@ def test_changing_a_saved_input_in_place_is_autograds_error(estimator, build):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("estimator", [e for e in FAMILIES if e.stores_randomly], ids=str)
+@pytest.mark.parametrize("estimator", [e for e in FAMILIES if e.saves_memory], ids=str)
 def test_changing_an_input_that_was_not_saved_does_no_harm(estimator):
     layer, x = nn.Linear(6, 4), torch.randn(8, 6)
     bs.sketch_(layer, estimator)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from backsketch import regions
 from backsketch.estimators import Estimator
-from backsketch.nn.registry import Adapter, adapter_of, refusal
+from backsketch.nn.registry import Adapter, adapter_of, is_small, refusal
 from backsketch.nn.swap import is_swapped, swap_, unswap_
 from backsketch.regions import Mask, Region
 from backsketch.report import Report, Site
@@ -19,7 +19,6 @@ from backsketch.rules import Patterns, Tree, matches, no_match, normalise, show,
 
 __all__ = ["restore_", "sketch_"]
 
-_SMALL_WEIGHT = 128 * 128
 _LARGE_SHARE = 0.01  # of the parameters: position tables and the like stay below, and are no layers
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -225,7 +224,7 @@ def _resolve_layers(
 def _is_site(module: nn.Module, adapter: Adapter, patterns: Patterns, index: int | None) -> bool:
     """Whether an activation or a norm belongs in the report: only where a saver could act there."""
     sketch = None if index is None else patterns[index][1]
-    if not isinstance(sketch, Estimator) or not sketch.stores_randomly or adapter.keeps is None:
+    if not isinstance(sketch, Estimator) or not sketch.saves_memory or adapter.keeps is None:
         return False
     return not sketch.is_exact() and adapter.keeps(module, sketch) is not None
 
@@ -236,8 +235,7 @@ def _fill(site: Site, module: nn.Module, adapter: Adapter, sketch: Estimator) ->
         site.saved, site.reason = adapter.keeps(module, sketch), adapter.note
         return
     site.work, site.saved = sketch.work(), sketch.saved()
-    size = sum(weight.numel() for _, weight in adapter.weights(module))
-    if size < _SMALL_WEIGHT:
+    if is_small(module):
         site.reason = "small: expect no gain in time"
 
 

@@ -1,4 +1,4 @@
-"""One estimator, one file: the frozen dataclass, its mathematics, its proof of unbiasedness."""
+"""The estimators: each file holds one frozen dataclass, its mathematics and its proof of unbiasedness."""
 
 from backsketch.estimators.base import Estimator as Estimator
 from backsketch.estimators.base import Sketch as Sketch

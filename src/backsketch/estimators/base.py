@@ -1,4 +1,6 @@
-"""The strategy objects: frozen dataclasses that are the configuration, and what every one must obey.
+"""Base classes of the sketches, and the contract that every estimator obeys.
+
+A sketch is a frozen dataclass: the object is the configuration, and it holds no state.
 
 Notation: ``X`` input rows, ``W`` weight, ``G`` cotangent, all with their rows (samples, tokens,
 positions) along dimension 0; the columns of ``G`` (output channels) lie along dimension 1. Any further
@@ -41,16 +43,22 @@ class Sketch:
     """Anything that :func:`backsketch.sketch_` can put somewhere: an estimator, a region, a mask."""
 
     name: ClassVar[str]
-    _fraction: str
+    _keep_text: str
+
+    def __post_init__(self) -> None:
+        """Validate ``keep`` and store its text, for the sketches that have this field."""
+        if hasattr(self, "keep"):
+            check_keep(self, self.keep)
+            object.__setattr__(self, "_keep_text", repr(self.keep))
 
     @property
     def fraction(self) -> float:
-        """``keep``, as code that ``torch.compile`` traces must read it.
+        """``keep``, in the form that code traced by ``torch.compile`` must use.
 
-        A float attribute that takes a second value (another layer's, another step's) becomes a symbol,
-        which an autograd Function cannot hold. Text never does.
+        Dynamo turns a float attribute that takes a second value (in another layer or step) into a symbol,
+        which an autograd Function cannot hold. It never does so with text.
         """
-        return float(self._fraction)
+        return float(self._keep_text)
 
     def __str__(self) -> str:
         return spec(self)
@@ -59,7 +67,8 @@ class Sketch:
 class Estimator(Sketch):
     """An unbiased estimator of a layer's two vector-Jacobian products.
 
-    Subclasses are frozen dataclasses that override what they randomize; the methods here are exact.
+    Subclasses are frozen dataclasses that override the methods whose results they randomize. The methods of
+    this class are exact.
     """
 
     def estimate_input(
@@ -78,28 +87,32 @@ class Estimator(Sketch):
         """What the forward pass saves of its input for ``grad_weight``: by default the input."""
         return (x,)
 
-    def restored(
+    def dequantized_input(
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]
     ) -> Tensor | None:
-        """An unbiased estimate of the rows of X, if both products are the exact ones with it in place of X.
+        """Return an unbiased estimate of the rows of X if this estimator randomizes nothing else.
 
-        They are then computed together (:meth:`Bilinear.vjps`). None where they are estimated apart.
+        Both products are then computed together with it in place of X (:meth:`Bilinear.vjps`). Estimators
+        that randomize the products themselves return None.
         """
         return None
 
     def rounding(self) -> Rounding | None:
-        """How this estimator keeps a tensor that the backward pass needs in its full shape, if it can.
+        """Return how this estimator rounds a saved tensor, or None if it does not round.
 
-        Activations, norms and attention save through it; None means that they are left exact.
+        Activations, norms and attention keep what they save in this form. Where it is None they stay exact.
         """
         return None
 
-    stores_randomly: ClassVar[bool] = False
-    """Whether :meth:`store` needs a seed of the forward pass."""
+    needs_forward_seed: ClassVar[bool] = False
+    """Whether :meth:`store` draws random numbers and so needs a seed in the forward pass."""
+
+    saves_memory: ClassVar[bool] = False
+    """Whether this estimator is a memory saver, which keeps less of the input than the exact layer does."""
 
     needs_rows: ClassVar[bool] = True
-    """Whether it looks at rows or columns. If not, a convolution need not be written as a product of
-    matrices, which costs copies."""
+    """Whether this estimator looks at single rows or columns. If it does not, a convolution is computed as
+    such and not as a product of matrices, which would cost copies."""
 
     def is_exact(self) -> bool:
         """Whether nothing is randomized, so that the layer may stay what it is."""
@@ -168,14 +181,13 @@ def _format(value: object) -> str:
 
 
 def check_keep(owner: object, keep: object) -> None:
-    """Raise ValueError unless ``keep`` is a number in (0, 1]; sets what ``fraction`` reads."""
+    """Raise ValueError unless ``keep`` is a number in (0, 1]."""
     number = isinstance(keep, int | float) and not isinstance(keep, bool)
     if not number or not math.isfinite(keep) or not 0 < keep <= 1:  # type: ignore[arg-type, operator]
         raise ValueError(
             f"{type(owner).__name__}: keep is the fraction that is kept and must lie in (0, 1], "
             f"1 meaning exact; got {keep!r}"
         )
-    object.__setattr__(owner, "_fraction", repr(keep))
 
 
 def check_choice(owner: object, field: str, value: object, choices: tuple[object, ...]) -> None:

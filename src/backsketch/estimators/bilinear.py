@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Bilinear", "energy", "norms", "scaled", "spread"]
+__all__ = ["Bilinear", "energy", "gather_scaled", "norms", "scatter_rows"]
 
 
 class Bilinear:
@@ -85,15 +85,15 @@ class Bilinear:
     ) -> Tensor:
         """``input_vjp`` summed over the chosen columns only, each times its weight."""
         return self.input_vjp(
-            scaled(cotangent, 1, indices, weights), weight.index_select(0, indices)
+            gather_scaled(cotangent, 1, indices, weights), weight.index_select(0, indices)
         )
 
     def weight_vjp_columns(
         self, cotangent: Tensor, x: Tensor, indices: Tensor, weights: Tensor
     ) -> Tensor:
         """``weight_vjp`` with only the chosen columns computed, each times its weight."""
-        part = self.weight_vjp(scaled(cotangent, 1, indices, weights), x)
-        return spread(part, indices, cotangent.shape[1])
+        part = self.weight_vjp(gather_scaled(cotangent, 1, indices, weights), x)
+        return scatter_rows(part, indices, cotangent.shape[1])
 
     def column_gram(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         """``(columns, columns)`` inner products of the columns' contributions to ``grad_input``."""
@@ -109,7 +109,7 @@ def _gram(parts: Tensor) -> Tensor:
     return flat @ flat.T
 
 
-def scaled(tensor: Tensor, dim: int, indices: Tensor, weights: Tensor) -> Tensor:
+def gather_scaled(tensor: Tensor, dim: int, indices: Tensor, weights: Tensor) -> Tensor:
     """The chosen slices of ``tensor`` along ``dim``, each multiplied by its weight."""
     shape = [1] * tensor.ndim
     shape[dim] = -1
@@ -117,7 +117,7 @@ def scaled(tensor: Tensor, dim: int, indices: Tensor, weights: Tensor) -> Tensor
     return tensor.index_select(dim, indices).mul_(weights.to(tensor.dtype).view(shape))
 
 
-def spread(part: Tensor, indices: Tensor, n: int) -> Tensor:
+def scatter_rows(part: Tensor, indices: Tensor, n: int) -> Tensor:
     """Put the rows of ``part`` at ``indices`` of an otherwise zero tensor of ``n`` rows."""
     return part.new_zeros((n, *part.shape[1:])).index_add(0, indices, part)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backsketch.estimators.base import Estimator, check_choice, check_keep, register
+from backsketch.estimators.base import Estimator, check_choice, register
 from backsketch.estimators.bilinear import Bilinear, energy, norms
 from backsketch.estimators.rows import SCORES, sampled_variance, simple_scores
 from backsketch.sampling import DESIGNS, Sample, draw, num_kept
@@ -48,7 +48,7 @@ class Columns(Estimator):
     design: str = "systematic"
 
     def __post_init__(self) -> None:
-        check_keep(self, self.keep)
+        super().__post_init__()
         check_choice(self, "scores", self.scores, SCORES)
         check_choice(self, "design", self.design, DESIGNS)
 

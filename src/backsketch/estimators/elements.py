@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from backsketch.estimators.base import Estimator, check_keep, register
+from backsketch.estimators.base import Estimator, register
 from backsketch.estimators.bilinear import Bilinear
 from backsketch.sampling import uniform_like
 from backsketch.theory import variance
@@ -41,9 +41,6 @@ class Elements(Estimator):
     """
 
     keep: float
-
-    def __post_init__(self) -> None:
-        check_keep(self, self.keep)
 
     def _mask(self, cotangent: Tensor, seed: Tensor) -> Tensor:
         if self.fraction == 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backsketch.estimators.base import Estimator, check_choice, check_keep, nonfinite, register
+from backsketch.estimators.base import Estimator, check_choice, nonfinite, register
 from backsketch.estimators.bilinear import Bilinear
 from backsketch.estimators.columns import Columns
 from backsketch.sampling import draw, num_kept, signs
@@ -61,7 +61,7 @@ class LowRank(Estimator):
     method: str = "svd"
 
     def __post_init__(self) -> None:
-        check_keep(self, self.keep)
+        super().__post_init__()
         check_choice(self, "method", self.method, METHODS)
 
     def estimate_input(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backsketch.estimators.base import Estimator, check_choice, check_keep, register
+from backsketch.estimators.base import Estimator, check_choice, register
 from backsketch.estimators.bilinear import Bilinear
 from backsketch.sampling import draw, num_kept, signs
 from backsketch.theory import variance
@@ -46,10 +46,11 @@ class Projection(Estimator):
     keep: float
     kind: str = "rademacher"
 
-    stores_randomly: ClassVar[bool] = True
+    needs_forward_seed: ClassVar[bool] = True
+    saves_memory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_keep(self, self.keep)
+        super().__post_init__()
         check_choice(self, "kind", self.kind, KINDS)
 
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:

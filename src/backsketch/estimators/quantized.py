@@ -49,7 +49,8 @@ class Quantized(Estimator):
     bits: int
     group_size: int = 64
 
-    stores_randomly: ClassVar[bool] = True
+    needs_forward_seed: ClassVar[bool] = True
+    saves_memory: ClassVar[bool] = True
     needs_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -72,7 +73,9 @@ class Quantized(Estimator):
         shape = x.new_empty((0, *x.shape[1:])), x.new_empty(x.shape[0], 0)
         return *self.rounding().pack(x, seed), *shape
 
-    def restored(self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]) -> Tensor:
+    def dequantized_input(
+        self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]
+    ) -> Tensor:
         if len(stored) == 1:
             return op.rows(stored[0])
         codes, scales, tail, head = stored
@@ -83,7 +86,7 @@ class Quantized(Estimator):
     def estimate_weight(
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
     ) -> Tensor:
-        return op.weight_vjp(cotangent, self.restored(op, cotangent, stored))
+        return op.weight_vjp(cotangent, self.dequantized_input(op, cotangent, stored))
 
     def saved(self) -> float:
         return self.rounding().share()

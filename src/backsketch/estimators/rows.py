@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from backsketch.estimators.base import Estimator, check_choice, check_keep, register
-from backsketch.estimators.bilinear import Bilinear, energy, norms, scaled, spread
+from backsketch.estimators.base import Estimator, check_choice, register
+from backsketch.estimators.bilinear import Bilinear, energy, gather_scaled, norms, scatter_rows
 from backsketch.sampling import (
     DESIGNS,
     Sample,
@@ -63,7 +63,7 @@ class Rows(Estimator):
     design: str = "systematic"
 
     def __post_init__(self) -> None:
-        check_keep(self, self.keep)
+        super().__post_init__()
         check_choice(self, "scores", self.scores, SCORES)
         check_choice(self, "design", self.design, DESIGNS)
 
@@ -74,8 +74,8 @@ class Rows(Estimator):
         if num_kept(n, self.fraction) >= n:
             return op.input_vjp(cotangent, weight)
         kept = self._draw(self.input_scores(cotangent, weight), seed, 0)
-        part = op.input_vjp(scaled(cotangent, 0, *kept), weight)
-        return spread(part, kept.indices, n)
+        part = op.input_vjp(gather_scaled(cotangent, 0, *kept), weight)
+        return scatter_rows(part, kept.indices, n)
 
     def estimate_weight(
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
@@ -84,7 +84,7 @@ class Rows(Estimator):
         if num_kept(x.shape[0], self.fraction) >= x.shape[0]:
             return op.weight_vjp(cotangent, x)
         kept = self._draw(self.weight_scores(cotangent, x), seed, 1)
-        return op.weight_vjp(scaled(cotangent, 0, *kept), x.index_select(0, kept.indices))
+        return op.weight_vjp(gather_scaled(cotangent, 0, *kept), x.index_select(0, kept.indices))
 
     def _draw(self, scores: Tensor, seed: Tensor, stream: int) -> Sample:
         return draw(scores, self._num(scores), seed, stream, self.design)

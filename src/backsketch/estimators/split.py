@@ -44,7 +44,7 @@ class Split(Estimator):
             part = getattr(self, field)
             if part is not None and not isinstance(part, Estimator):
                 raise ValueError(f"Split: {field} must be an estimator or None; got {part!r}")
-        if self.grad_input is not None and self.grad_input.stores_randomly:
+        if self.grad_input is not None and self.grad_input.saves_memory:
             raise ValueError(
                 f"Split: {type(self.grad_input).__name__} leaves grad_input exact, so it belongs "
                 "under grad_weight"
@@ -62,8 +62,12 @@ class Split(Estimator):
         return self._input.is_exact() and self._weight.is_exact()
 
     @property
-    def stores_randomly(self) -> bool:  # type: ignore[override]
-        return self._weight.stores_randomly
+    def needs_forward_seed(self) -> bool:  # type: ignore[override]
+        return self._weight.needs_forward_seed
+
+    @property
+    def saves_memory(self) -> bool:  # type: ignore[override]
+        return self._weight.saves_memory
 
     @property
     def needs_rows(self) -> bool:  # type: ignore[override]
@@ -85,10 +89,14 @@ class Split(Estimator):
     ) -> Tensor:
         return self._weight.estimate_weight(op, cotangent, stored, seed)
 
-    def restored(
+    def dequantized_input(
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]
     ) -> Tensor | None:
-        return self._weight.restored(op, cotangent, stored) if self._input.is_exact() else None
+        return (
+            self._weight.dequantized_input(op, cotangent, stored)
+            if self._input.is_exact()
+            else None
+        )
 
     def work(self) -> tuple[float, float]:
         return self._input.work()[0], self._weight.work()[1]

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from backsketch.estimators.base import Estimator, check_choice, check_keep, nonfinite, register
-from backsketch.estimators.bilinear import Bilinear, scaled
+from backsketch.estimators.base import Estimator, check_choice, nonfinite, register
+from backsketch.estimators.bilinear import Bilinear, gather_scaled
 from backsketch.estimators.rows import sampled_variance, simple_scores
 from backsketch.sampling import DESIGNS, draw, num_kept
 
@@ -47,10 +47,11 @@ class StoredRows(Estimator):
     scores: str = "l2"
     design: str = "systematic"
 
-    stores_randomly: ClassVar[bool] = True
+    needs_forward_seed: ClassVar[bool] = True
+    saves_memory: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_keep(self, self.keep)
+        super().__post_init__()
         if self.scores == "optimal":
             raise ValueError(
                 "StoredRows: the optimal scores need the cotangent, which the forward pass does not "
@@ -65,7 +66,7 @@ class StoredRows(Estimator):
         if k >= rows.shape[0] or seed is None:
             return (x,)
         kept = draw(simple_scores(rows, 0, self.scores), k, seed, 0, self.design)
-        return scaled(rows, 0, *kept), kept.indices
+        return gather_scaled(rows, 0, *kept), kept.indices
 
     def estimate_weight(
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.nn.swap import Swapped
 
-__all__ = ["Adapter", "adapter_of", "refusal", "register"]
+__all__ = ["SMALL_WEIGHT", "Adapter", "adapter_of", "is_small", "refusal", "register"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Adapter:
         return self.keeps is not None
 
 
+SMALL_WEIGHT = 4096
+"""Layers with fewer weights than this are not expected to gain time from a sketch."""
+
 _ADAPTERS: dict[type[nn.Module], Adapter] = {}
 
 
@@ -57,6 +60,13 @@ def adapter_of(module: nn.Module) -> Adapter | None:
         if cls in _ADAPTERS:
             return _ADAPTERS[cls]
     return None
+
+
+def is_small(module: nn.Module) -> bool:
+    """Whether a layer of a known kind has so few weights that a sketch would not save time there."""
+    adapter = adapter_of(module)
+    assert adapter is not None
+    return sum(weight.numel() for _, weight in adapter.weights(module)) < SMALL_WEIGHT
 
 
 def refusal(module: nn.Module, estimator: Estimator) -> str | None:
@@ -87,7 +97,7 @@ def _structural(module: nn.Module, adapter: Adapter) -> str | None:
 def _numerical(module: nn.Module, adapter: Adapter, estimator: Estimator) -> str | None:
     if adapter.keeps is not None:
         name = type(module).__name__
-        if not estimator.stores_randomly:
+        if not estimator.saves_memory:
             return (
                 f"{name} has no products to sketch: only memory savers such as Quantized act there"
             )

@@ -22,8 +22,8 @@ from torch.autograd import Function
 
 from backsketch import rounding as bits
 from backsketch.estimators import Estimator
+from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.linear import check_estimator
-from backsketch.ops.once import once
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
 
@@ -127,7 +127,9 @@ class _Masked(Function):
     def backward(ctx: Any, cotangent: Tensor | None, _: Any) -> tuple[Any, ...]:
         if cotangent is None:
             return None, None
-        return None, once(bits.masked, cotangent, *ctx.saved_tensors, ctx.outside)
+        return None, without_double_backward(
+            bits.masked, cotangent, *ctx.saved_tensors, ctx.outside
+        )
 
 
 class _Rounded(Function):
@@ -155,7 +157,7 @@ class _Rounded(Function):
     def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if cotangent is None:
             return None, None, None, None
-        grad = once(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
+        grad = without_double_backward(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
         return None, None, grad.to(ctx.dtype), None
 
 

@@ -25,8 +25,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from backsketch.estimators import Estimator
+from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.linear import check_estimator
-from backsketch.ops.once import once
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
 
@@ -142,7 +142,7 @@ class _SavedInBits(Function):
     def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Any, ...]:
         gradients: tuple[Any, ...] = (None, None, None)
         if cotangent is not None:
-            gradients = once(
+            gradients = without_double_backward(
                 _vjp, ctx.rounding, ctx.factor, ctx.shapes, ctx.dtype, cotangent, *ctx.saved_tensors
             )
         return (None, *gradients, None, None, None, None)
@@ -160,15 +160,15 @@ def _vjp(
     p_shape = (*q_shape[:-1], k_shape[-2])
     out_shape = (*q_shape[:-1], v_shape[-1])
 
-    def restored(i: int, shape: tuple[int, ...]) -> Tensor:
+    def dequantized(i: int, shape: tuple[int, ...]) -> Tensor:
         return rounding.restore((packed[2 * i], packed[2 * i + 1]), shape, cotangent)
 
-    p = restored(0, p_shape)
+    p = dequantized(0, p_shape)
     g = cotangent.to(p.dtype).contiguous()
     grad_v = p.transpose(-2, -1) @ g
-    logits = g @ restored(3, v_shape).transpose(-2, -1)
-    logits -= (g * restored(4, out_shape)).sum(-1, keepdim=True)
+    logits = g @ dequantized(3, v_shape).transpose(-2, -1)
+    logits -= (g * dequantized(4, out_shape)).sum(-1, keepdim=True)
     logits *= p * factor
-    grad_q = logits @ restored(2, k_shape)
-    grad_k = logits.transpose(-2, -1) @ restored(1, q_shape)
+    grad_q = logits @ dequantized(2, k_shape)
+    grad_k = logits.transpose(-2, -1) @ dequantized(1, q_shape)
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)

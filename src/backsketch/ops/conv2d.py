@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backsketch.estimators import Bilinear, Estimator
-from backsketch.estimators.bilinear import scaled
+from backsketch.estimators.bilinear import gather_scaled
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
 from backsketch.ops.linear import Linear, check_estimator
@@ -82,7 +82,7 @@ class Conv2d(Bilinear):
         chosen = (
             blocks.index_select(dim, indices)
             if weights is None
-            else scaled(blocks, dim, indices, weights)
+            else gather_scaled(blocks, dim, indices, weights)
         )
         return chosen.flatten(dim, dim + 1)
 

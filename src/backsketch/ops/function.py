@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from backsketch.estimators import Bilinear, Estimator
-from backsketch.ops.once import once
+from backsketch.ops.double_backward import without_double_backward
 from backsketch.sampling import next_seed
 
 __all__ = ["apply"]
@@ -36,7 +36,7 @@ def apply(
 @torch.no_grad()
 def _store(op: Bilinear, x: Tensor, weight: Tensor, estimator: Estimator) -> tuple[Tensor, ...]:
     # The weight is a second anchor: layers that share an input (q, k, v) must not share a seed.
-    seed = next_seed(x, weight) if estimator.stores_randomly else None
+    seed = next_seed(x, weight) if estimator.needs_forward_seed else None
     return estimator.store(op, x, seed)
 
 
@@ -63,7 +63,7 @@ class _SketchedLayer(Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         weight, *stored = ctx.saved_tensors
-        gradients = once(
+        gradients = without_double_backward(
             _vjp, ctx.op, ctx.estimator, tuple(ctx.input_shape), ctx.needs_input_grad[2:5],
             cotangent, weight, *stored,
         )  # fmt: skip
@@ -82,7 +82,7 @@ def _vjp(
     # As in the forward pass: layers that share a cotangent (a sum of branches) must not share a seed.
     seed = next_seed(cotangent, weight)
     g = op.rows(cotangent)
-    if needed[0] and needed[1] and (x := estimator.restored(op, g, stored)) is not None:
+    if needed[0] and needed[1] and (x := estimator.dequantized_input(op, g, stored)) is not None:
         below, at_weight, at_bias = op.vjps(g, x, weight, needed[2])
         return op.unrows(below, input_shape), at_weight.view(weight.shape), at_bias
     grad_input = grad_weight = grad_bias = None

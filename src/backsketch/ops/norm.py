@@ -27,8 +27,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from backsketch.estimators import Estimator
+from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.linear import check_estimator
-from backsketch.ops.once import once
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
 
@@ -117,7 +117,7 @@ class ChannelNorm(Norm):
         """How many entries share statistics."""
         raise NotImplementedError
 
-    def spread(self, stats: Tensor, n: int, channels: int) -> Tensor:
+    def per_channel(self, stats: Tensor, n: int, channels: int) -> Tensor:
         """Statistics as ``(n, channels)``."""
         raise NotImplementedError
 
@@ -132,7 +132,7 @@ class ChannelNorm(Norm):
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, channels = g.shape[:2]
         rows = g.reshape(n * channels, -1)
-        mean, rstd = (self.spread(t, n, channels) for t in (mean, rstd))
+        mean, rstd = (self.per_channel(t, n, channels) for t in (mean, rstd))
         stats = torch.stack([mean, rstd], 2).view(-1, 2)
         total, first, second = rounding.row_sums(rows, stats, packed).view(n, channels, 3).unbind(2)
         w = g.new_ones(channels) if weight is None else weight
@@ -160,12 +160,12 @@ class GroupNorm(ChannelNorm):
 
     def shared(self, per_row: Tensor) -> Tensor:
         n, channels = per_row.shape
-        return self.spread(per_row.view(n, self.groups, -1).sum(2), n, channels)
+        return self.per_channel(per_row.view(n, self.groups, -1).sum(2), n, channels)
 
     def count(self, n: int, channels: int, positions: int) -> int:
         return positions * (channels // self.groups)
 
-    def spread(self, stats: Tensor, n: int, channels: int) -> Tensor:
+    def per_channel(self, stats: Tensor, n: int, channels: int) -> Tensor:
         each = channels // self.groups
         return stats.view(n, self.groups, 1).expand(-1, -1, each).reshape(n, channels)
 
@@ -193,7 +193,7 @@ class BatchNorm(ChannelNorm):
     def count(self, n: int, channels: int, positions: int) -> int:
         return n * positions
 
-    def spread(self, stats: Tensor, n: int, channels: int) -> Tensor:
+    def per_channel(self, stats: Tensor, n: int, channels: int) -> Tensor:
         return stats.expand(n, channels)
 
 
@@ -231,7 +231,9 @@ class _SavedInBits(Function):
     def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Any, ...]:
         gradients: tuple[Any, ...] = (None, None, None)
         if cotangent is not None:
-            gradients = once(_vjp, ctx.norm, ctx.rounding, cotangent, *ctx.saved_tensors)
+            gradients = without_double_backward(
+                _vjp, ctx.norm, ctx.rounding, cotangent, *ctx.saved_tensors
+            )
             gradients = tuple(
                 grad.view(like[0]).to(like[1]) if needed else None
                 for grad, like, needed in zip(gradients, ctx.likes, ctx.needs_input_grad[2:5])

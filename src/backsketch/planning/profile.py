@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from backsketch.convert import restore_, sketch_
 from backsketch.memory import kept_by
+from backsketch.nn.registry import SMALL_WEIGHT
 from backsketch.nn.swap import is_swapped
 from backsketch.planning.bar import stages
 from backsketch.planning.calls import Call, backward, watching
@@ -99,7 +100,7 @@ def _measured(
     if not slots:
         raise ValueError(
             "profile: nothing to sketch: no residual branch, no linear layer or convolution of more than "
-            "4096 weights"
+            f"{SMALL_WEIGHT} weights"
         )
     observed = _observe(model, loss_fn, data, slots, tick)
     costs = place_costs(model, slots, observed.first, tick)

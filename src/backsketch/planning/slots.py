@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from backsketch.convert import restore_, sketch_
 from backsketch.estimators import Rows, Split
-from backsketch.nn.registry import adapter_of, refusal
+from backsketch.nn.registry import adapter_of, is_small, refusal
 from backsketch.planning.calls import Call, Calls, replay, tensors_of, watching
 from backsketch.planning.passes import checked
 from backsketch.regions import Region, state_of
@@ -26,7 +26,6 @@ from backsketch.untouched import repeatable
 
 __all__ = ["Slot", "find_slots"]
 
-_SMALL_WEIGHT = 4096
 _WEIGHTS = Split(grad_weight=Rows(keep=0.5))
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -106,7 +105,7 @@ def _is_worth_it(module: nn.Module) -> bool:
     adapter = adapter_of(module)
     if adapter is None or refusal(module, _WEIGHTS) is not None:
         return False
-    return sum(weight.numel() for _, weight in adapter.weights(module)) >= _SMALL_WEIGHT
+    return not is_small(module)
 
 
 # --- residual branches ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import Function
 
-from backsketch.ops.once import once
+from backsketch.ops.double_backward import without_double_backward
 from backsketch.regions.program import Program
 from backsketch.regions.state import CURRENT, RegionState
 
@@ -117,7 +117,9 @@ class _Region(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        return None, *once(_vjp, ctx.pair, ctx.state, ctx.sizes, *ctx.saved_tensors, *cotangents)
+        return None, *without_double_backward(
+            _vjp, ctx.pair, ctx.state, ctx.sizes, *ctx.saved_tensors, *cotangents
+        )
 
 
 def _vjp(pair: Pair, state: RegionState | None, sizes: list[int], *tensors: Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from backsketch.estimators.base import Sketch, check_choice, check_keep, register
+from backsketch.estimators.base import Sketch, check_choice, register
 
 __all__ = ["Mask", "Region"]
 
@@ -48,7 +48,7 @@ class Region(Sketch):
     mode: Literal["save", "recompute"] = "save"
 
     def __post_init__(self) -> None:
-        check_keep(self, self.keep)
+        super().__post_init__()
         check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)
         check_choice(self, "mode", self.mode, ("save", "recompute"))
 
@@ -79,5 +79,5 @@ class Mask(Sketch):
     row_dims: int = 1
 
     def __post_init__(self) -> None:
-        check_keep(self, self.keep)
+        super().__post_init__()
         check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)

@@ -1,4 +1,4 @@
-"""Backward passes that may run once: differentiating them is an error with a reason."""
+"""Backward passes that cannot be differentiated again, and that say so."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["once"]
+__all__ = ["without_double_backward"]
 
 
-def once(vjp: Callable[..., Any], *arguments: Any) -> Any:
-    """``vjp(*arguments)``, whose own differentiation raises instead of being silently wrong."""
+def without_double_backward(vjp: Callable[..., Any], *arguments: Any) -> Any:
+    """Return ``vjp(*arguments)``; differentiating the result raises an error instead of being wrong."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Once.apply(vjp, *arguments)
+        return _SingleBackward.apply(vjp, *arguments)
     return vjp(*arguments)
 
 
-class _Once(Function):
+class _SingleBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
