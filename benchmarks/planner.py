@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import backsketch as bs
 from backsketch.models import build
 from backsketch.planning import Bill, Plan, Profile
-from backsketch.planning.record import Option
+from backsketch.planning.profiling.records import Option
 from backsketch.train import load_data
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.images import Batch, Batches, ImageData

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch import sampling
-from backsketch.planning import calibration, controller
-from backsketch.planning.allocate import frontier
-from backsketch.planning.decision import Costs
-from backsketch.planning.estimate import Estimate
-from backsketch.planning.families import FINE_LADDER
-from backsketch.planning.sites import Spread, find_sites, spread
+from backsketch.planning.control import calibration, controller
+from backsketch.planning.control.decision import Costs
+from backsketch.planning.control.estimate import Estimate
+from backsketch.planning.control.sites import Spread, find_sites, spread
+from backsketch.planning.plan.frontier import frontier
+from backsketch.planning.profiling.families import FINE_LADDER
 from backsketch.theory.noise import GradientSums
 from backsketch.theory.variance import minimal_sampling
 

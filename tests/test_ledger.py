@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch import sampling
 from backsketch.models import build
-from backsketch.planning.passes import passes
+from backsketch.planning.measure.passes import passes
 from backsketch.train.measure import extra_variance
 
 

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch.models import build
-from backsketch.planning.bar import stages
-from backsketch.planning.calls import backward, watching
-from backsketch.planning.injection import region_noise
-from backsketch.planning.observe import water_filling
-from backsketch.planning.passes import passes
-from backsketch.planning.record import MaskOption, Option, Profile, SlotProfile
-from backsketch.planning.slots import find_slots
-from backsketch.planning.solve import choose, frontier
+from backsketch.planning.measure.calls import backward, watching
+from backsketch.planning.measure.passes import passes
+from backsketch.planning.plan.knapsack import choose, frontier
+from backsketch.planning.profiling.curves import water_filling
+from backsketch.planning.profiling.noise import region_noise
+from backsketch.planning.profiling.progress import stages
+from backsketch.planning.profiling.records import MaskOption, Option, Profile, SlotProfile
+from backsketch.planning.profiling.sites import find_slots
 
 
 def loss_fn(model, batch):

@@ -10,8 +10,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 import backsketch as bs
-from backsketch.planning.record import Option, SlotProfile
-from backsketch.planning.sites import Site, find_sites
+from backsketch.planning.control.sites import Site, find_sites
+from backsketch.planning.profiling.records import Option, SlotProfile
 from backsketch.train import measure
 
 __all__ = ["AUTO", "Auto", "Run"]

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import backsketch as bs
 from backsketch import theory
 from backsketch.experiments.problems.data import images
-from backsketch.planning.injected import predicted
-from backsketch.planning.passes import Passes, passes
+from backsketch.planning.ledger.closed_forms import predicted
+from backsketch.planning.measure.passes import Passes, passes
 
 __all__ = ["ARMS", "Depth", "run"]
 

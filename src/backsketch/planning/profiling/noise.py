@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from backsketch import sampling
-from backsketch.planning.calls import Call, Calls
-from backsketch.planning.families import REFERENCE
-from backsketch.planning.passes import Passes
-from backsketch.planning.slots import Slot
+from backsketch.planning.measure.calls import Call, Calls
+from backsketch.planning.measure.passes import Passes
+from backsketch.planning.profiling.families import REFERENCE
+from backsketch.planning.profiling.sites import Slot
 from backsketch.regions.mask import masked_rows
 from backsketch.regions.rows import scores
 

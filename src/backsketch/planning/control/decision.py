@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from backsketch.estimators import Estimator, Split
-from backsketch.planning.allocate import frontier
-from backsketch.planning.calibration import Work
-from backsketch.planning.estimate import Estimate
-from backsketch.planning.record import Option, Profile
-from backsketch.planning.sites import Site, with_keep
+from backsketch.planning.control.calibration import Work
+from backsketch.planning.control.estimate import Estimate
+from backsketch.planning.control.sites import Site, with_keep
+from backsketch.planning.plan.frontier import frontier
+from backsketch.planning.profiling.records import Option, Profile
 from backsketch.regions import Region
 from backsketch.theory.cost import time_to_target_ratio
 

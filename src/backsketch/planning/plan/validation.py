@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from backsketch.memory import kept_by
 from backsketch.nn.swap import exact
-from backsketch.planning.passes import passes
-from backsketch.planning.plan import Bill
-from backsketch.planning.slots import LossFn
-from backsketch.planning.timing import timed
+from backsketch.planning.measure.passes import passes
+from backsketch.planning.plan.plan import Bill
+from backsketch.planning.profiling.sites import LossFn
+from backsketch.planning.profiling.times import timed
 from backsketch.theory.cost import time_to_target_ratio
 from backsketch.theory.noise import GradientSums
 from backsketch.untouched import untouched

@@ -5,7 +5,7 @@ to the next saves some cost for some more variance; taking such moves in the ord
 variance solves the relaxed problem :math:`\min \sum_s c_s + \mu \sum_s v_s` for every :math:`\mu` at once.
 Every choice on the way is the cheapest for the variance that it has, up to the granularity of the ladder. No
 solver is needed, which keeps the control of a training free of SciPy and of its milliseconds (a plan, made
-once, uses :mod:`backsketch.planning.solve`).
+once, uses :mod:`backsketch.planning.plan.knapsack`).
 """
 
 from __future__ import annotations

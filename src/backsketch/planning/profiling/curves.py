@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from backsketch.planning.calls import Calls
-from backsketch.planning.families import LADDER
-from backsketch.planning.slots import Slot
+from backsketch.planning.measure.calls import Calls
+from backsketch.planning.profiling.families import LADDER
+from backsketch.planning.profiling.sites import Slot
 from backsketch.regions.rows import scores
 from backsketch.sampling import draw, next_seed, num_kept
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from backsketch.planning.calls import fresh, tensors_of
-from backsketch.planning.hooks import Hook
+from backsketch.planning.measure.calls import fresh, tensors_of
+from backsketch.planning.measure.hooks import Hook
 from backsketch.sampling import keyed
 from backsketch.untouched import untouched
 

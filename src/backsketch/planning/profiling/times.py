@@ -14,9 +14,9 @@ from torch import nn
 from backsketch.convert import restore_, sketch_
 from backsketch.memory import kept_by
 from backsketch.nn.swap import exact
-from backsketch.planning.calls import Call, replay
-from backsketch.planning.families import FAMILIES
-from backsketch.planning.slots import Slot
+from backsketch.planning.measure.calls import Call, replay
+from backsketch.planning.profiling.families import FAMILIES
+from backsketch.planning.profiling.sites import Slot
 from backsketch.untouched import repeatable
 
 __all__ = ["Cost", "place_costs", "timed"]

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from backsketch.planning.plan import Plan
-    from backsketch.planning.record import Option, Profile, SlotProfile
+    from backsketch.planning.plan.plan import Plan
+    from backsketch.planning.profiling.records import Option, Profile, SlotProfile
 
 __all__ = ["plot_profile"]
 

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from backsketch.convert import restore_, sketch_
 from backsketch.estimators import Rows, Split
 from backsketch.nn.registry import adapter_of, is_small, refusal
-from backsketch.planning.calls import Call, Calls, replay, tensors_of, watching
-from backsketch.planning.passes import checked
+from backsketch.planning.measure.calls import Call, Calls, replay, tensors_of, watching
+from backsketch.planning.measure.passes import checked
 from backsketch.regions import Region, state_of
 from backsketch.untouched import repeatable
 

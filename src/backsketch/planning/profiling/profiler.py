@@ -16,15 +16,15 @@ from backsketch.convert import restore_, sketch_
 from backsketch.memory import kept_by
 from backsketch.nn.registry import SMALL_WEIGHT
 from backsketch.nn.swap import is_swapped
-from backsketch.planning.bar import stages
-from backsketch.planning.calls import Call, backward, watching
-from backsketch.planning.families import FAMILIES, LADDER, REFERENCE, Family
-from backsketch.planning.injection import MASK_REFERENCE, Noise, mask_noise, region_noise
-from backsketch.planning.observe import Curves, curves, mask_weights, ratio, water_filling
-from backsketch.planning.passes import Passes, passes
-from backsketch.planning.record import MaskOption, Option, Profile, SlotProfile
-from backsketch.planning.slots import LossFn, Slot, find_slots
-from backsketch.planning.timing import Cost, place_costs, timed
+from backsketch.planning.measure.calls import Call, backward, watching
+from backsketch.planning.measure.passes import Passes, passes
+from backsketch.planning.profiling.curves import Curves, curves, mask_weights, ratio, water_filling
+from backsketch.planning.profiling.families import FAMILIES, LADDER, REFERENCE, Family
+from backsketch.planning.profiling.noise import MASK_REFERENCE, Noise, mask_noise, region_noise
+from backsketch.planning.profiling.progress import stages
+from backsketch.planning.profiling.records import MaskOption, Option, Profile, SlotProfile
+from backsketch.planning.profiling.sites import LossFn, Slot, find_slots
+from backsketch.planning.profiling.times import Cost, place_costs, timed
 from backsketch.regions.rows import scores
 from backsketch.rules import unwrap
 from backsketch.sampling import num_kept

@@ -10,9 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from backsketch.planning.injected import Injected, measured_rows, own_weights, predicted
-from backsketch.planning.ledger import Ledger, SiteError
-from backsketch.planning.passes import Caught, LossFn, Passes, Place, has_region, passes, places
+from backsketch.planning.ledger.closed_forms import Injected, measured_rows, own_weights, predicted
+from backsketch.planning.ledger.records import Ledger, SiteError
+from backsketch.planning.measure.passes import (
+    Caught,
+    LossFn,
+    Passes,
+    Place,
+    has_region,
+    passes,
+    places,
+)
 from backsketch.regions import Mask, Region, state_of
 from backsketch.rules import unwrap
 from backsketch.theory.noise import GradientSums

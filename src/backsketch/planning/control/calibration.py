@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from backsketch.nn.registry import adapter_of
 from backsketch.nn.swap import switched
-from backsketch.planning.ranks import summed
-from backsketch.planning.replay import Recorder, Replay, replaying
-from backsketch.planning.sites import Site, Spread, Watch, weight_layers
+from backsketch.planning.control.ranks import summed
+from backsketch.planning.control.sites import Site, Spread, Watch, weight_layers
+from backsketch.planning.measure.replay import Recorder, Replay, replaying
 from backsketch.regions import RegionModule, state_of
 
 __all__ = ["Measured", "Unmeasurable", "Work", "measure", "over_ranks"]

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from backsketch.planning.calibration import Measured, Unmeasurable, measure, over_ranks
-from backsketch.planning.decision import Choice, Costs, choose_keeps
-from backsketch.planning.estimate import Estimate
-from backsketch.planning.families import FINE_LADDER
-from backsketch.planning.ranks import gathered, own, summed
-from backsketch.planning.record import Profile
-from backsketch.planning.replay import Recorder
-from backsketch.planning.sites import Site, Spread, Watch, find_sites, spread, weight_layers
+from backsketch.planning.control.calibration import Measured, Unmeasurable, measure, over_ranks
+from backsketch.planning.control.decision import Choice, Costs, choose_keeps
+from backsketch.planning.control.estimate import Estimate
+from backsketch.planning.control.ranks import gathered, own, summed
+from backsketch.planning.control.sites import Site, Spread, Watch, find_sites, spread, weight_layers
+from backsketch.planning.measure.replay import Recorder
+from backsketch.planning.profiling.families import FINE_LADDER
+from backsketch.planning.profiling.records import Profile
 from backsketch.regions import Region, state_of
 from backsketch.rules import unwrap
 from backsketch.theory.advice import effective_batch, learning_rate_factor
@@ -68,10 +68,10 @@ class Controller:
 
     :meth:`step` needs no loss function. Of some optimizer steps, chosen one ahead, it records the model's
     arguments and the cotangents of its outputs, and replays them: exactly in two halves of the batch, which
-    shows SGD's own variance and the noise scale (:mod:`backsketch.planning.calibration`), and sketched. Between
-    them it follows the row scores that the regions' backward passes compute anyway
-    (:mod:`backsketch.planning.estimate`). Replays are dense in the first steps and take about ``overhead`` of
-    the time from then on.
+    shows SGD's own variance and the noise scale (:mod:`backsketch.planning.control.calibration`), and sketched.
+    Between them it follows the row scores that the regions' backward passes compute anyway
+    (:mod:`backsketch.planning.control.estimate`). Replays are dense in the first steps and take about
+    ``overhead`` of the time from then on.
 
     Args:
         model: sketched by :func:`backsketch.sketch_`, in the form that is called: give the result of

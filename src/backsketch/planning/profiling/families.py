@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from backsketch.estimators import Quantized, Rows, Sketch, Split
-from backsketch.planning.slots import Slot
+from backsketch.planning.profiling.sites import Slot
 from backsketch.regions import Region
 
 __all__ = ["FAMILIES", "FINE_LADDER", "LADDER", "REFERENCE", "Family"]

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 from backsketch.estimators import Columns, Rows, Sketch, Split, StoredRows
 from backsketch.nn.registry import adapter_of
 from backsketch.nn.swap import resketch_, sketch_of
-from backsketch.planning.hooks import Hook
-from backsketch.planning.observe import least_errors
-from backsketch.planning.passes import places
+from backsketch.planning.measure.hooks import Hook
+from backsketch.planning.measure.passes import places
+from backsketch.planning.profiling.curves import least_errors
 from backsketch.regions import Mask, Region
 from backsketch.regions.rows import scores
 

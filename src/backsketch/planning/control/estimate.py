@@ -26,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from backsketch.planning.calibration import Measured
-from backsketch.planning.sites import Spread
+from backsketch.planning.control.calibration import Measured
+from backsketch.planning.control.sites import Spread
 
 __all__ = ["Estimate", "Ratio"]
 

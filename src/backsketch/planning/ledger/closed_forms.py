@@ -19,7 +19,7 @@ from backsketch.nn.registry import adapter_of
 from backsketch.ops.activation import PiecewiseLinear
 from backsketch.ops.conv2d import bilinear_conv2d
 from backsketch.ops.linear import Linear
-from backsketch.planning.passes import Caught, Place
+from backsketch.planning.measure.passes import Caught, Place
 from backsketch.regions import Mask, Region
 from backsketch.regions import rows as row_ops
 from backsketch.theory import variance

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from backsketch.planning.ledger import Ledger
+    from backsketch.planning.ledger.records import Ledger
 
 COLOURS = {"alone": "#9fb3c0", "in company": "#d1495b", "predicted": "#2b2d34"}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from backsketch.planning.plan import Plan
+    from backsketch.planning.plan.plan import Plan
 
 __all__ = ["MaskOption", "Option", "Profile", "SlotProfile"]
 
@@ -120,7 +120,7 @@ class Profile:
         Raises:
             ValueError: an unknown objective, a limit that is not positive, limits that no plan meets.
         """
-        from backsketch.planning.plan import make_plan
+        from backsketch.planning.plan.plan import make_plan
 
         return make_plan(self, objective, max_extra_variance, max_saved_bytes, max_time)
 
@@ -137,7 +137,7 @@ class Profile:
         Example:
             ``profile.predict({"": "mask:keep=0.8", "blocks.0.mlp": "region:keep=0.5,row_dims=2"}).predicted``
         """
-        from backsketch.planning.plan import plan_of
+        from backsketch.planning.plan.plan import plan_of
 
         return plan_of(self, rules)
 
@@ -150,7 +150,7 @@ class Profile:
         Raises:
             ModuleNotFoundError: matplotlib is missing; it is in the extra ``backsketch[train]``.
         """
-        from backsketch.planning.profile_plot import plot_profile
+        from backsketch.planning.plots.profile import plot_profile
 
         return plot_profile(self, plan)
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from backsketch.estimators import Sketch, parse
-from backsketch.planning.record import Option, Profile, SlotProfile
-from backsketch.planning.slots import LossFn
-from backsketch.planning.solve import choose, frontier
+from backsketch.planning.plan.knapsack import choose, frontier
+from backsketch.planning.profiling.records import Option, Profile, SlotProfile
+from backsketch.planning.profiling.sites import LossFn
 from backsketch.regions import Mask
 from backsketch.theory.cost import smaller_batch_ratio, time_to_target_ratio
 
@@ -81,7 +81,7 @@ class Plan:
         Returns:
             A :class:`Bill`; ``standard_error`` says how far its extra variance can be trusted.
         """
-        from backsketch.planning.check import measured_bill
+        from backsketch.planning.plan.validation import measured_bill
 
         self._measured.append(measured_bill(model, batches, loss_fn, self.predicted, draws))
         return self._measured[-1]

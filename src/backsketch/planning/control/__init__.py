@@ -1,0 +1,1 @@
+"""The keeps of a sketched model, moved while it trains."""

@@ -1,0 +1,1 @@
+"""What each site adds to the variance of the gradient."""

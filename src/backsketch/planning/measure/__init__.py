@@ -1,0 +1,1 @@
+"""What can be measured of a backward pass: calls, repeatable passes, replays."""

@@ -1,0 +1,1 @@
+"""Which sketch goes where."""

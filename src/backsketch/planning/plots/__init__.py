@@ -1,0 +1,1 @@
+"""The figures of a profile and of a ledger."""

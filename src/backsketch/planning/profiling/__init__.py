@@ -1,0 +1,1 @@
+"""What each sketch would cost and save at each site of a model."""
