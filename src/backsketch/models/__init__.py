@@ -16,6 +16,8 @@ from torch import nn
 from backsketch.models.bagnet import BagNet as BagNet
 from backsketch.models.bagnet import bagnet as bagnet
 from backsketch.models.bagnet import bagnet_for_images
+from backsketch.models.gpt import GPT as GPT
+from backsketch.models.gpt import gpt as gpt
 from backsketch.models.mlp import mlp as mlp
 from backsketch.models.mlp import mlp_for_images
 from backsketch.models.vit import ViT as ViT

@@ -16,12 +16,12 @@ from backsketch.nn import DotProductAttention
 class Attention(nn.Module):
     """Residual branch `proj(attention(norm(x)))`. Shapes: `(batch, tokens, dim)` to the same."""
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, is_causal: bool = False):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.core = DotProductAttention()
+        self.core = DotProductAttention(is_causal=is_causal)
         self.proj = nn.Linear(dim, dim)
         self.drop = nn.Dropout(dropout)
 
@@ -54,9 +54,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Two residual branches. Shapes: `(batch, tokens, dim)` to the same."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: int, dropout: float = 0.0):
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: int, dropout: float = 0.0, is_causal: bool = False
+    ):
         super().__init__()
-        self.attn = Attention(dim, heads, dropout)
+        self.attn = Attention(dim, heads, dropout, is_causal)
         self.mlp = Mlp(dim, mlp_ratio * dim, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
