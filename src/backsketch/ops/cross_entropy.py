@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from backsketch.ops.autocast import cast_for_autocast
+from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.logits import head_gradients, head_losses
-from backsketch.ops.once import once
 from backsketch.sampling import next_seed
 
 __all__ = ["linear_cross_entropy"]
@@ -135,7 +135,9 @@ class _LinearCrossEntropy(Function):
         gradients: tuple[Any, ...] = (None, None, None)
         if cotangent is not None:
             needed = tuple(ctx.needs_input_grad[:3])
-            gradients = once(_vjp, ctx.keep, ctx.form, needed, cotangent, *ctx.saved_tensors)
+            gradients = without_double_backward(
+                _vjp, ctx.keep, ctx.form, needed, cotangent, *ctx.saved_tensors
+            )
         return (*gradients, None, None, None)
 
 
