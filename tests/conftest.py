@@ -10,8 +10,26 @@ import backsketch as bs
 torch.set_num_threads(1)  # the suite runs in parallel processes
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow the cases of a test that its ``fast_cases`` does not name."""
+    named: dict[str, set[str]] = {}
+    for item in items:
+        mark = item.get_closest_marker("fast_cases")
+        if mark is None:
+            continue
+        case = f"-{item.callspec.id}-"  # type: ignore[attr-defined]
+        found = {name for name in mark.args if f"-{name}-" in case}
+        named.setdefault(item.nodeid.split("[")[0], set(mark.args)).difference_update(found)
+        if not found:
+            item.add_marker("slow")
+    missing = {test: names for test, names in named.items() if names}
+    if missing and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"fast_cases names cases that do not exist: {missing}")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_streams():
+    torch.set_num_threads(1)  # some tests ask for more
     torch.manual_seed(0)
     bs.seed(0)
 

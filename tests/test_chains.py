@@ -20,6 +20,7 @@ from backsketch.rounding import units
 from backsketch.testing import gradient_moments
 from backsketch.theory import variance
 from chain_cases import BITS, CHAIN, NORMS, ROUNDED, SMOOTH, Attend, made, with_weights
+from helpers import Called
 from mutations import halve_the_dither, one_rounding_for_both
 
 ignore_compiler_warnings = pytest.mark.filterwarnings(
@@ -29,8 +30,8 @@ ignore_compiler_warnings = pytest.mark.filterwarnings(
 TWO_BITS = bs.Quantized(bits=2, group_size=8)
 
 
-def gradients(module: nn.Module, x: Tensor, cotangent: Tensor | None = None) -> list[Tensor]:
-    """Of the input and the parameters, for a fixed cotangent."""
+def vjp(module: nn.Module, x: Tensor, cotangent: Tensor | None = None) -> list[Tensor]:
+    """Gradients of the input and of the parameters, for a fixed cotangent."""
     x = x.clone().requires_grad_()
     y = module(x)
     generator = torch.Generator().manual_seed(5)
@@ -62,16 +63,18 @@ def test_forward_values_and_running_statistics_are_bit_identical(name):
 )
 def test_piecewise_linear_functions_are_exact_in_one_bit(name, sketch):
     module, other, x = sketched(name, sketch)
-    for exact, cheap in zip(gradients(module, x), gradients(other, x)):
+    for exact, cheap in zip(vjp(module, x), vjp(other, x)):
         assert torch.equal(exact, cheap)
 
 
+@pytest.mark.fast_cases("gelu", "layer norm", "rms norm", "batch norm of images", "attention")
 @pytest.mark.parametrize("name", ROUNDED)
 def test_the_gradient_is_unbiased(name):
     _, other, x = sketched(name)
     bs.testing.check_unbiased(other, x, draws=500)
 
 
+@pytest.mark.fast_cases("gelu")
 @pytest.mark.parametrize("name", ["gelu", "layer norm", "batch norm"])
 def test_rounding_that_goes_down_too_often_is_noticed(name, monkeypatch):
     _, other, x = sketched(name)
@@ -80,6 +83,7 @@ def test_rounding_that_goes_down_too_often_is_noticed(name, monkeypatch):
         bs.testing.check_unbiased(other, x, draws=800)
 
 
+@pytest.mark.fast_cases("rms norm")
 @pytest.mark.parametrize("name", ["layer norm", "rms norm", "batch norm"])
 def test_one_rounding_instead_of_two_is_noticed(name, monkeypatch):
     """The backward of a norm is quadratic in what it saves: the diagonal would be biased."""
@@ -89,11 +93,12 @@ def test_one_rounding_instead_of_two_is_noticed(name, monkeypatch):
         bs.testing.check_unbiased(other, x, draws=1200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gelu", "softplus"])
 def test_the_variance_of_an_activation_is_the_closed_form(name):
     module, other, x = sketched(name)
     ones = torch.ones_like(x)
-    slope = gradients(module, x, ones)[0]
+    slope = vjp(module, x, ones)[0]
     generator = torch.Generator().manual_seed(0)  # the cotangent of gradient_moments
     g = torch.randn(x.shape, generator=generator)
     step, levels = units(slope, TWO_BITS.rounding())
@@ -103,6 +108,7 @@ def test_the_variance_of_an_activation_is_the_closed_form(name):
     assert measured == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_variance_of_a_norm_is_the_closed_form():
     module, other, x = sketched("layer norm")
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +131,7 @@ def test_the_variance_of_a_norm_is_the_closed_form():
 def test_more_bits_come_closer(name):
     def error(bits: int) -> float:
         module, other, x = sketched(name, bs.Quantized(bits=bits, group_size=8))
-        pairs = zip(gradients(module, x), gradients(other, x))
+        pairs = zip(vjp(module, x), vjp(other, x))
         return float(sum((a - b).square().sum() for a, b in pairs))
 
     assert error(8) < 1e-2 * max(error(1), 1e-9)
@@ -167,7 +173,7 @@ def test_a_nonfinite_input_reaches_the_gradient(name, bad):
     if name in SMOOTH and bad == float("inf"):
         pytest.skip("the slope at infinity is finite")
     x.view(-1)[3] = bad
-    assert not bool(gradients(other, x)[0].isfinite().all())
+    assert not bool(vjp(other, x)[0].isfinite().all())
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -175,7 +181,7 @@ def test_a_nonfinite_cotangent_reaches_the_gradient(name):
     module, other, x = sketched(name)
     g = torch.ones_like(module(x))
     g.view(-1)[3] = float("nan")
-    assert bool(gradients(other, x, g)[0].isnan().any())
+    assert bool(vjp(other, x, g)[0].isnan().any())
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -184,7 +190,7 @@ def test_constant_groups_are_exact(name):
         pytest.skip("a constant channel is divided by the square root of eps; a causal mask varies")
     module, other, x = sketched(name)
     x = torch.full_like(x, 0.4)
-    for exact, cheap in zip(gradients(module, x), gradients(other, x)):
+    for exact, cheap in zip(vjp(module, x), vjp(other, x)):
         torch.testing.assert_close(exact, cheap, atol=1e-3, rtol=1e-3)  # 316 times the rounding
 
 
@@ -192,7 +198,7 @@ def test_constant_groups_are_exact(name):
 @pytest.mark.parametrize("rows", [0, 1])
 def test_empty_batches_and_single_rows(name, rows):
     module, other, x = sketched(name)
-    for exact, cheap in zip(gradients(module, x[:rows]), gradients(other, x[:rows])):
+    for exact, cheap in zip(vjp(module, x[:rows]), vjp(other, x[:rows])):
         assert exact.shape == cheap.shape
         assert bool(cheap.isfinite().all())
 
@@ -226,7 +232,7 @@ def test_double_backward_is_refused(name):
 def test_eval_mode_and_no_grad_are_out_of_the_way(name):
     module, other, x = sketched(name)
     module.eval(), other.eval()
-    for exact, cheap in zip(gradients(module, x), gradients(other, x)):
+    for exact, cheap in zip(vjp(module, x), vjp(other, x)):
         assert torch.equal(exact, cheap)
     other.train()
     with torch.no_grad():
@@ -239,7 +245,7 @@ def test_low_precision_under_autocast(name):
     for given in (x, x.bfloat16()):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert module(given).dtype == other(given.requires_grad_()).dtype
-            exact, cheap = gradients(module, given), gradients(other, given)
+            exact, cheap = vjp(module, given), vjp(other, given)
         for a, b in zip(exact, cheap):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
@@ -248,7 +254,7 @@ def test_low_precision_under_autocast(name):
 def test_double_precision_is_kept():
     module, other, x = sketched("layer norm", bs.Quantized(bits=8, group_size=8))
     module.double(), other.double()
-    for a, b in zip(gradients(module, x.double()), gradients(other, x.double())):
+    for a, b in zip(vjp(module, x.double()), vjp(other, x.double())):
         assert b.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
 
@@ -371,21 +377,6 @@ class Chain(nn.Module):
         return x
 
 
-class Called(nn.Module):
-    """A model with another way of calling it, for ``check_unbiased``: not copied, so that it stays compiled."""
-
-    def __init__(self, model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.__dict__["call"] = model if call is None else call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Called:
-        return self
-
-
 def chain(kind: str = "plain") -> tuple[Chain, Called, Tensor]:
     """A sketched chain, the exact one of the same weights, and an input."""
     model = with_weights(Chain(kind))
@@ -395,6 +386,7 @@ def chain(kind: str = "plain") -> tuple[Chain, Called, Tensor]:
     return model, Called(exact), torch.randn(2, 5, 4)
 
 
+@pytest.mark.fast_cases("aot_eager_decomp_partition")
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
 @ignore_compiler_warnings
 def test_compiled_in_one_graph_it_is_unbiased_and_keeps_as_little(backend):
@@ -500,6 +492,6 @@ def test_long_sequences_keep_the_attention_exact():
     assert not pays(rounding, 1024, 32)
     _, other, _ = sketched("attention")
     x = torch.randn(1, 200, 4)
-    exact, cheap = (gradients(m, x)[0] for m in (Attend(), other))
+    exact, cheap = (vjp(m, x)[0] for m in (Attend(), other))
     assert exact.shape == cheap.shape
-    torch.testing.assert_close(gradients(with_weights(Attend()), x), gradients(other, x))
+    torch.testing.assert_close(vjp(with_weights(Attend()), x), vjp(other, x))

@@ -27,10 +27,6 @@ QUICK = ["--widths", "16", "--batch-size", "64", "--epochs", "1", "--threads", "
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def invoke(*arguments: str):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import backsketch as bs
 from cases import FAMILIES
+from helpers import Called, Net, gradients, images
 from mutations import drop_the_weights, mutation_of, redraw_the_signs
 
 # Warnings of PyTorch's compiler about PyTorch.
@@ -49,21 +50,6 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-class Net(nn.Module):
-    """A convolution, a pointwise one, attention and an MLP, small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.pointwise = nn.Conv2d(4, 4, 1)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.head = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.pointwise(torch.relu(self.stem(x))).flatten(2).transpose(1, 2)
-        return self.head(h + self.attention(h, h, h, need_weights=False)[0])
-
-
 class Block(nn.Module):
     """Three layers that share one input, and a fourth: what attention does to its projections."""
 
@@ -93,25 +79,6 @@ class Blocks(nn.Module):
         return x
 
 
-class Called(nn.Module):
-    """A model with another way of calling it, for ``check_unbiased``: not copied, so that it stays compiled."""
-
-    def __init__(self, model: nn.Module, call: Callable[..., Any] | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.__dict__["call"] = model if call is None else call
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.call(*inputs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Called:
-        return self
-
-
-def images(n: int = 6) -> Tensor:
-    return torch.randn(n, 2, 4, 3)
-
-
 def compiled(model: nn.Module, backend: str = PARTITIONED, **options: Any) -> Callable[..., Any]:
     return torch.compile(model, fullgraph=True, backend=backend, **options)
 
@@ -134,6 +101,7 @@ def check(model: nn.Module, call: Callable[..., Any] | None, x: Tensor, draws: i
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases("projection:keep=0.5,kind=srht", "low_rank:keep=0.5,method=subspace")
 @every_family
 def test_compiled_gradients_are_unbiased_in_one_graph_without_recompiling(estimator):
     model = Net()
@@ -152,6 +120,7 @@ def test_a_mutation_of_each_kind_is_noticed_through_the_compiler(estimator, monk
         check(model, compiled(model), images(), draws=200)
 
 
+@pytest.mark.fast_cases("projection:keep=0.5", "quantized:bits=2")
 @pytest.mark.parametrize("estimator", DRAWN_IN_THE_FORWARD, ids=str)
 def test_layers_that_share_an_input_are_unbiased_compiled(estimator):
     model = Blocks()
@@ -203,6 +172,7 @@ def test_the_global_stream_is_untouched_by_a_compiled_step():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "quantized:bits=2")
 @pytest.mark.parametrize(
     ("dynamic", "estimator"), [*[(None, e) for e in FAMILIES], *[(True, e) for e in KINDS]], ids=str
 )
@@ -235,6 +205,7 @@ LADDERS = [
 ]
 
 
+@pytest.mark.fast_cases("Rows", "Quantized")
 @pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: type(ladder[0]).__name__)
 def test_a_compiled_model_may_be_sketched_anew_with_one_graph_for_each_setting(ladder):
     """A float attribute that changes becomes a symbol in the compiler: ``keep`` must stay a constant."""
@@ -259,6 +230,7 @@ def test_two_models_of_one_class_compile_with_different_settings():
         check(model, compiled(model), x, draws=150)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", [
     bs.Rows(keep=0.4), bs.StoredRows(keep=0.4)
 ], ids=str)  # fmt: skip
@@ -284,22 +256,22 @@ def test_exact_works_on_a_compiled_model_and_both_ways_stay_compiled(backend):
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(12, 6)
     call = compiled(model, backend)
 
-    def gradients() -> list[Tensor]:
-        return list(torch.autograd.grad(call(x).square().sum(), list(model.parameters())))
+    def ours() -> list[Tensor]:
+        return gradients(model, x, call=call)
 
-    plain = gradients()
+    plain = ours()
     bs.sketch_(model, bs.Rows(keep=0.5))
-    sketched = gradients()
+    sketched = ours()
     with bs.exact(call):
-        exact = gradients()
+        exact = ours()
     for a, b, c in zip(plain, exact, sketched):
         torch.testing.assert_close(a, b)
         assert a.ndim == 1 or not torch.allclose(a, c)  # biases are exact, weights are not
     with torch._dynamo.config.patch(error_on_recompile=True):
-        gradients()
+        ours()
         with bs.exact(model):
-            gradients()
-        gradients()
+            ours()
+        ours()
 
 
 def test_eval_and_no_grad_bypass_the_sketch_in_a_compiled_model():
@@ -347,6 +319,7 @@ def test_a_whole_training_step_with_its_optimizer_runs_compiled():
 CHECKPOINTS = ["reentrant", "not reentrant", "around both"]
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @every_family
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_checkpointed_gradients_are_unbiased_in_eager(kind, estimator):
@@ -355,6 +328,7 @@ def test_checkpointed_gradients_are_unbiased_in_eager(kind, estimator):
     check(model, None, torch.randn(10, 6), draws=100)
 
 
+@pytest.mark.fast_cases("around both")
 @pytest.mark.parametrize("estimator", KINDS[2:], ids=str)
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_checkpointed_gradients_are_unbiased_compiled(kind, estimator):
@@ -370,6 +344,7 @@ def test_checkpointed_gradients_are_unbiased_with_the_default_backend():
     check(model, compiled(model, INDUCTOR), torch.randn(10, 6), draws=150)
 
 
+@pytest.mark.fast_cases("around both")
 @pytest.mark.parametrize("call", [lambda m: None, compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_under_a_checkpoint_too_a_mutation_is_noticed(kind, call, monkeypatch):
@@ -381,6 +356,7 @@ def test_under_a_checkpoint_too_a_mutation_is_noticed(kind, call, monkeypatch):
         check(model, call(model), torch.randn(10, 6), draws=150)
 
 
+@pytest.mark.fast_cases("projection:keep=0.5")
 @pytest.mark.parametrize("estimator", KINDS[2:], ids=str)
 @pytest.mark.parametrize("budget", [0.4, 0.9])
 def test_a_budget_that_makes_the_compiler_recompute_leaves_gradients_unbiased(budget, estimator):
@@ -434,6 +410,7 @@ def check_low_precision(model: nn.Module, call: Callable[..., Any], x: Tensor, d
         assert bool(((m - target).abs() < 5.5 * e + rounding).all()), f"{name} is biased"
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @every_family
 def test_autocast_gradients_are_unbiased_in_eager(estimator):
     model = Net()
@@ -449,6 +426,7 @@ def test_autocast_gradients_are_unbiased_compiled(estimator):
     check_low_precision(model, call, images(), draws=250)
 
 
+@pytest.mark.slow
 def test_autocast_gradients_are_unbiased_with_the_default_backend():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
     bs.sketch_(model, {"0": bs.StoredRows(keep=0.5), "3": bs.Rows(keep=0.5)})
@@ -518,6 +496,7 @@ def check_accumulation(model: nn.Module, draws: int = 300) -> None:
     assert bool((deviation < 5.5 * error + 1e-5).all()), "the sum is biased"
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @every_family
 def test_the_sum_over_micro_batches_is_unbiased(estimator):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))

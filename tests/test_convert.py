@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped, sketch_of
+from helpers import equal, gradients, images
 
 # torch.compile imports a part of PyTorch that warns about another.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
@@ -29,7 +30,7 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-class Net(nn.Module):
+class Nested(nn.Module):
     """Every kind of layer that is known, nested, and some that are not."""
 
     def __init__(self) -> None:
@@ -116,7 +117,7 @@ RULES = {
 @pytest.mark.parametrize("case", RULES)
 def test_rules(case):
     rules, expected = RULES[case]
-    model = Net()
+    model = Nested()
     report = bs.sketch_(model, rules)
     assert sketches(model) == expected
     assert {site.name: site.sketch for site in report.sketched} == expected
@@ -125,12 +126,12 @@ def test_rules(case):
 
 def test_an_expression_must_match_the_whole_name():
     with pytest.raises(ValueError, match="matches no module"):
-        bs.sketch_(Net(), {"re:block": ROWS})
+        bs.sketch_(Nested(), {"re:block": ROWS})
 
 
 def test_globs_are_case_sensitive():
     with pytest.raises(ValueError, match="matches no module"):
-        bs.sketch_(Net(), {"HEAD": ROWS})
+        bs.sketch_(Nested(), {"HEAD": ROWS})
 
 
 def test_a_subclass_that_keeps_its_forward_is_sketched_and_stays_what_it_is():
@@ -219,7 +220,7 @@ def test_for_a_shared_module_too_the_first_rule_wins(first):
 
 
 def test_the_inner_projection_of_attention_is_not_a_site_of_its_own():
-    model = Net()
+    model = Nested()
     report = bs.sketch_(model, ROWS)
     inner = model.attention.out_proj
     assert not is_swapped(inner)
@@ -265,7 +266,7 @@ BAD_RULES = {
 @pytest.mark.parametrize("case", BAD_RULES)
 def test_an_error_names_the_problem_and_changes_nothing(case, sketched_before):
     rules, error, message = BAD_RULES[case]
-    model = Net()
+    model = Nested()
     if sketched_before:
         bs.sketch_(model, {"head": None, "stem": COLUMNS, "": ROWS})
     before, state = fingerprint(model), bs.get_rng_state()
@@ -281,7 +282,7 @@ def test_exact_wants_a_module():
 
 
 def test_an_error_inside_an_exact_block_leaves_the_block_exact():
-    model = Net()
+    model = Nested()
     bs.sketch_(model, ROWS)
     with bs.exact(model):
         before = fingerprint(model)
@@ -292,12 +293,12 @@ def test_an_error_inside_an_exact_block_leaves_the_block_exact():
 
 def test_all_problems_are_reported_at_once():
     with pytest.raises(ValueError, match="nothing was changed") as caught:
-        bs.sketch_(Net(), {"nose": ROWS, nn.Conv3d: ROWS, "norm": ROWS, "head": ROWS})
+        bs.sketch_(Nested(), {"nose": ROWS, nn.Conv3d: ROWS, "norm": ROWS, "head": ROWS})
     for part in ("'nose'", "Conv3d", "LayerNorm"):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("model", [None, Net, torch.zeros(2), [nn.Linear(2, 2)]])
+@pytest.mark.parametrize("model", [None, Nested, torch.zeros(2), [nn.Linear(2, 2)]])
 def test_only_modules_are_converted(model):
     with pytest.raises(TypeError, match=r"acts on a torch\.nn\.Module"):
         bs.sketch_(model, ROWS)
@@ -407,14 +408,14 @@ def test_the_same_layer_may_suit_one_estimator_and_not_another():
 
 
 def test_a_second_call_replaces_the_first_whole():
-    model = Net()
+    model = Nested()
     bs.sketch_(model, ROWS)
     bs.sketch_(model, {"head": COLUMNS})
     assert sketches(model) == {"head": COLUMNS}
 
 
 def test_sketching_twice_is_sketching_once():
-    model = Net()
+    model = Nested()
     first = bs.sketch_(model, ROWS)
     before = fingerprint(model)
     second = bs.sketch_(model, ROWS)
@@ -423,7 +424,7 @@ def test_sketching_twice_is_sketching_once():
 
 
 def test_restore_gives_back_exactly_the_earlier_object():
-    model = Net()
+    model = Nested()
     model.head.register_forward_hook(lambda *_: None)
     model.head.note = "mine"
     before = fingerprint(model)
@@ -437,7 +438,7 @@ def test_restore_gives_back_exactly_the_earlier_object():
 
 
 def test_restore_inside_an_exact_block_leaves_no_trace():
-    model = Net()
+    model = Nested()
     before = fingerprint(model)
     bs.sketch_(model, ROWS)
     with bs.exact(model):
@@ -446,23 +447,19 @@ def test_restore_inside_an_exact_block_leaves_no_trace():
 
 
 def test_restore_leaves_a_model_that_is_not_sketched_alone():
-    model = Net()
+    model = Nested()
     before = fingerprint(model)
     assert bs.restore_(bs.restore_(model)) is model
     assert fingerprint(model) == before
 
 
 def test_after_restore_the_gradients_are_bit_identical_to_a_model_never_sketched():
-    model, x = Net(), torch.randn(4, 2, 6, 6)
-
-    def gradients() -> list[Tensor]:
-        return list(torch.autograd.grad(model(x).square().mean(), list(model.parameters())))
-
-    before = gradients()
+    model, x = Nested(), images()
+    before = gradients(model, x)
     bs.sketch_(model, ROWS)
-    assert not all(torch.equal(a, b) for a, b in zip(before, gradients()))
+    assert not equal(before, gradients(model, x))
     bs.restore_(model)
-    assert all(torch.equal(a, b) for a, b in zip(before, gradients()))
+    assert equal(before, gradients(model, x))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,7 +476,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_names_are_those_of_the_users_own_module_whatever_wraps_it(wrapper):
-    model = Net()
+    model = Nested()
     wrapped = WRAPPERS[wrapper](model)
     before = fingerprint(model)
     report = bs.sketch_(wrapped, {"head": COLUMNS, "": ROWS})
@@ -492,7 +489,7 @@ def test_names_are_those_of_the_users_own_module_whatever_wraps_it(wrapper):
 
 
 def test_a_part_that_is_compiled_in_place_is_sketched_with_the_rest():
-    model = Net()
+    model = Nested()
     model.blocks[0] = torch.compile(model.blocks[0])
     bs.sketch_(model, {"blocks.0.*": ROWS})
     assert sketches(model) == {f"blocks.0._orig_mod.{n}": ROWS for n in ("up", "down")}
@@ -519,7 +516,7 @@ def test_the_report_predicts_each_site():
 
 
 def test_the_report_says_why_a_site_is_exact_and_what_to_expect_of_a_small_one():
-    report = bs.sketch_(Net(), {"head": None, "blocks.0": bs.Exact(), "stem": ROWS})
+    report = bs.sketch_(Nested(), {"head": None, "blocks.0": bs.Exact(), "stem": ROWS})
     assert report["head"].reason == "left exact by a rule"
     assert report["blocks.0.up"].reason == "left exact by exact"
     assert report["attention"].reason == "no rule matches it"
@@ -528,7 +525,7 @@ def test_the_report_says_why_a_site_is_exact_and_what_to_expect_of_a_small_one()
 
 
 def test_the_report_prints_as_a_table_with_one_line_a_site():
-    text = str(bs.sketch_(Net(), {"head": None, "": bs.Rows(keep=0.25, scores="l2")}))
+    text = str(bs.sketch_(Nested(), {"head": None, "": bs.Rows(keep=0.25, scores="l2")}))
     lines = text.splitlines()
     assert lines[0].split() == ["site", "type", "sketch", "grad_input", "grad_weight", "saved"]
     assert set(lines[1]) == {"-", " "}
@@ -575,7 +572,7 @@ def test_the_report_names_layers_of_kinds_that_are_not_known():
     expected = f"not known, so exact: 2 Conv1d, 1 LSTM; {share} of the parameters"
     assert str(report).splitlines()[-1] == expected
     assert "not known" not in str(bs.sketch_(Recurrent(), bs.Region(keep=0.5)))
-    assert "not known" not in str(bs.sketch_(Net(), ROWS))
+    assert "not known" not in str(bs.sketch_(Nested(), ROWS))
 
 
 def test_the_report_of_a_bare_layer_prints_a_name():
@@ -584,11 +581,11 @@ def test_the_report_of_a_bare_layer_prints_a_name():
 
 def test_an_unknown_site_lists_those_there_are():
     with pytest.raises(KeyError, match=r"no site 'nose'.*stem"):
-        bs.sketch_(Net(), ROWS)["nose"]
+        bs.sketch_(Nested(), ROWS)["nose"]
 
 
 def test_a_sketched_module_shows_its_sketch_when_printed():
-    model = Net()
+    model = Nested()
     plain = repr(model)
     bs.sketch_(model, {"head": bs.Rows(keep=0.5)})
     assert "in_features=8, out_features=3, bias=True, sketch=rows:keep=0.5" in repr(model)

@@ -403,6 +403,7 @@ def test_gradients_have_the_dtype_of_their_tensors(kind, estimator, dtype):
     assert all(bool(g.isfinite().all()) for g in ours.values())
 
 
+@pytest.mark.fast_cases("torch.bfloat16", "rows:keep=0.5")
 @every_family
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_mean_is_the_exact_gradient_to_the_precision_of_the_dtype(estimator, dtype):
@@ -446,6 +447,7 @@ class Twice(nn.Module):
         return self.layer(torch.tanh(self.layer(x))) + self.layer(x)
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @every_family
 def test_a_module_used_three_times_in_one_forward_is_unbiased(estimator):
     model = Twice()
@@ -453,6 +455,7 @@ def test_a_module_used_three_times_in_one_forward_is_unbiased(estimator):
     bs.testing.check_unbiased(model, torch.randn(7, 5), draws=400)
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @every_family
 def test_a_mutation_is_noticed_in_a_module_used_three_times(estimator, monkeypatch):
     model = Twice()
@@ -471,6 +474,7 @@ def test_uses_of_one_module_draw_apart():
     assert not torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "quantized:bits=2")
 @every_family
 def test_two_models_in_one_process_are_each_unbiased_and_keep_to_themselves(estimator):
     first, second = nn.Linear(5, 4), nn.Linear(5, 4)

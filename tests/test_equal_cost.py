@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -14,7 +13,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("typer")
-from rich.console import Console
 
 from backsketch import models
 from backsketch.experiments import Store, SweepConfig, SweepError, run_sweep
@@ -30,6 +28,7 @@ from backsketch.experiments.views.arms import (
     relative_time,
 )
 from backsketch.planning.bench import checkpointed
+from helpers import quiet, sweep_config
 
 SMALL = {"model_options": {"widths": [16]}}
 FIXED = {"model": "mlp", "data": "digits", "limit": 256, "batch_size": 64, "train": SMALL}
@@ -63,23 +62,9 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def quiet() -> Console:
-    return Console(quiet=True)
-
-
 @pytest.fixture
 def config(tmp_path) -> SweepConfig:
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(TINY))
-    return SweepConfig.load(path)
+    return sweep_config(tmp_path, TINY)
 
 
 def without_times(record):

@@ -75,6 +75,7 @@ def test_agrees_with_its_slow_twin_draw_by_draw(estimator, layer: Layer):
             torch.testing.assert_close(a.view_as(b), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+@pytest.mark.fast_cases("linear(12,)", "g2")
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[2], LAYERS[4], LAYERS[6]], ids=str)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 def test_is_unbiased(estimator, layer: Layer):
@@ -95,6 +96,7 @@ HAVE_CLOSED_FORM = [
 ]
 
 
+@pytest.mark.fast_cases("linear(2, 3, 4)")
 @pytest.mark.parametrize("layer", [LAYERS[1], LAYERS[3], LAYERS[4]], ids=str)
 @pytest.mark.parametrize("estimator", HAVE_CLOSED_FORM, ids=str)
 def test_the_closed_form_variance_is_the_measured_one(estimator, layer: Layer):
@@ -107,6 +109,7 @@ def test_the_closed_form_variance_is_the_measured_one(estimator, layer: Layer):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", [e for e in FAMILIES if e in HAVE_CLOSED_FORM], ids=str)
 def test_the_closed_form_variance_within_five_per_cent_at_20_000_draws(estimator):
     layer = linear((8,), 4, 6, seed=3)

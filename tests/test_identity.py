@@ -19,39 +19,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import backsketch as bs
 from backsketch.nn.swap import is_swapped, sketch_of
 from cases import ESTIMATORS, FAMILIES
+from helpers import Net, equal, gradients, images
 from mutations import drop_the_weights, mutation_of
 
 ROWS = bs.Rows(keep=0.5)
 # Sketched in name, all rows in fact: the products go through our code and must equal autograd's.
 ALL_ROWS = bs.Rows(keep=0.9999)
 WEIGHT_ONLY = bs.Split(grad_weight=ROWS)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 8, 3)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x).flatten(2).transpose(1, 2)
-        return self.head(h + self.attention(h, h, h, need_weights=False)[0])
-
-
-def images(n: int = 4) -> Tensor:
-    return torch.randn(n, 2, 6, 6)
-
-
-def gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    outputs = model(*inputs)
-    y = outputs[0] if isinstance(outputs, tuple) else outputs
-    leaves = [p for p in (*model.parameters(), *inputs) if p.requires_grad]
-    return list(torch.autograd.grad(y.square().sum(), leaves))
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def check_same_layer(layer: nn.Module, *inputs: Tensor, **options: object) -> None:
@@ -695,11 +669,13 @@ def check_per_sample(estimator: bs.Estimator, draws: int = 225) -> None:
     assert bool((stacked.var(0).flatten(1).amax(1) > 0).all())  # it is sketched, sample by sample
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @pytest.mark.parametrize("estimator", FAMILIES, ids=str)
 def test_per_sample_gradients_are_unbiased_for_each_sample(estimator):
     check_per_sample(estimator)
 
 
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @pytest.mark.parametrize("estimator", FAMILIES, ids=str)
 def test_a_mutation_is_noticed_in_per_sample_gradients(estimator, monkeypatch):
     mutation_of(estimator)(monkeypatch)

@@ -15,14 +15,10 @@ from backsketch import sampling
 from backsketch.nn.swap import unswap_
 from backsketch.regions import Mask, Region, state_of
 from backsketch.regions.state import CURRENT
+from helpers import named_gradients
 from region_models import Attention, Block, Feedforward, ViT, make_region, mlp
 
 MODES = ["save", "recompute"]
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
-    return dict(zip(names, torch.autograd.grad(loss, params)))
 
 
 def warm(model: nn.Module, *inputs: Tensor) -> None:
@@ -86,7 +82,7 @@ def test_forward_is_bit_identical(mode: str, dropout: float) -> None:
 @pytest.mark.parametrize("how", ["eval", "no_grad", "exact", "keep 1"])
 def test_inactive_is_the_module_itself(how: str) -> None:
     model, x = Block(8, 2), torch.randn(4, 3, 8)
-    expected = gradients(model, model(x).square().sum())
+    expected = named_gradients(model, model(x).square().sum())
     make_region(model, {"": Region(1.0 if how == "keep 1" else 0.5)})
     model.train(how != "eval")
     if how == "no_grad":
@@ -94,9 +90,9 @@ def test_inactive_is_the_module_itself(how: str) -> None:
             model(x)
     elif how == "exact":
         with bs.exact(model):
-            actual = gradients(model, model(x).square().sum())
+            actual = named_gradients(model, model(x).square().sum())
     else:
-        actual = gradients(model, model(x).square().sum())
+        actual = named_gradients(model, model(x).square().sum())
     assert state_of(model).status == "pending"
     if how != "no_grad":
         assert all(torch.equal(actual[n], g) for n, g in expected.items())
@@ -104,12 +100,12 @@ def test_inactive_is_the_module_itself(how: str) -> None:
 
 def test_restored_bit_for_bit() -> None:
     model, x = Block(8, 2), torch.randn(4, 3, 8)
-    expected, kind = gradients(model, model(x).square().sum()), type(model)
+    expected, kind = named_gradients(model, model(x).square().sum()), type(model)
     make_region(model, {"": Region(0.5)})
     warm(model, x)
     unswap_(model)
     assert type(model) is kind
-    actual = gradients(model, model(x).square().sum())
+    actual = named_gradients(model, model(x).square().sum())
     assert all(torch.equal(actual[n], g) for n, g in expected.items())
 
 
@@ -281,7 +277,7 @@ def test_gradients_accumulate() -> None:
     make_region(model, {"": Region(0.3)})
     warm(model, x)
     before = sampling.get_rng_state()
-    parts = [gradients(model, model(x).square().sum()) for _ in range(2)]
+    parts = [named_gradients(model, model(x).square().sum()) for _ in range(2)]
     sampling.set_rng_state(before)
     for _ in range(2):
         model(x).square().sum().backward()

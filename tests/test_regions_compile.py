@@ -37,6 +37,7 @@ RULES = {
 }
 
 
+@pytest.mark.fast_cases("save")
 @pytest.mark.parametrize("mode", RULES)
 def test_compiled_regions_draw_what_plain_ones_draw(mode: str) -> None:
     """Inductor runs the graphs of regions in a compiled model: same rows, same gradients."""

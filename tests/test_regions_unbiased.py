@@ -13,6 +13,7 @@ import backsketch as bs
 from backsketch import sampling
 from backsketch.regions import Mask, Region, program
 from backsketch.regions import rows as row_ops
+from helpers import images
 from region_models import (
     CNN,
     GPT,
@@ -27,10 +28,7 @@ from region_models import (
 )
 
 DRAWS = 250
-
-
-def images(n: int = 6) -> torch.Tensor:
-    return torch.randn(n, 1, 8, 8)
+IMAGE = (1, 8, 8)
 
 
 def tokens(n: int = 6) -> torch.Tensor:
@@ -50,8 +48,8 @@ CASES = {
         lambda: [tokens()],
         {"attn": Region(0.5), "mlp": Region(0.5, row_dims=2)},
     ),
-    "vit": (ViT, lambda: [images()], {"": Region(0.5)}),
-    "dropout": (lambda: ViT(dropout=0.3), lambda: [images()], {"": Region(0.5)}),
+    "vit": (ViT, lambda: [images(shape=IMAGE)], {"": Region(0.5)}),
+    "dropout": (lambda: ViT(dropout=0.3), lambda: [images(shape=IMAGE)], {"": Region(0.5)}),
     "token dropout": (
         lambda: Feedforward(8, 0.3),
         lambda: [tokens()],
@@ -71,7 +69,7 @@ CASES = {
         lambda: [tokens()],
         {"mlp": Region(0.5, row_dims=2), "": Region(0.5)},
     ),
-    "mask above": (ViT, lambda: [images()], {"": Mask(0.5), "blocks.0": Region(0.5)}),
+    "mask above": (ViT, lambda: [images(shape=IMAGE)], {"": Mask(0.5), "blocks.0": Region(0.5)}),
 }
 
 
@@ -82,6 +80,7 @@ def with_mode(rules: dict[str, Region | Mask], mode: str) -> dict[str, Region | 
     }
 
 
+@pytest.mark.fast_cases("save", "token branch", "dropout")
 @pytest.mark.parametrize("mode", ["save", "recompute"])
 @pytest.mark.parametrize("case", CASES)
 def test_unbiased(case: str, mode: str) -> None:

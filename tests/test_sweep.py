@@ -17,7 +17,6 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-from rich.console import Console
 from typer.testing import CliRunner
 
 from backsketch import cli, experiments
@@ -29,6 +28,7 @@ from backsketch.experiments.problems.objective import objective
 from backsketch.experiments.report import report
 from backsketch.experiments.store import Sweep
 from backsketch.experiments.views import trade_off
+from helpers import quiet, sweep_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "benchmarks" / "sweeps").glob("*.json"))
@@ -49,15 +49,9 @@ TINY = {
 }
 
 
-def quiet() -> Console:
-    return Console(quiet=True)
-
-
 @pytest.fixture
 def config(tmp_path) -> SweepConfig:
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(TINY))
-    return SweepConfig.load(path)
+    return sweep_config(tmp_path, TINY)
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,10 @@ from backsketch.train.loop import Trainer
 from backsketch.train.result import curve, result_of, write_json
 from backsketch.train.setup import SCHEDULES, make_accelerator, make_optimizer, make_schedule
 from backsketch.train.show import TrainProgress, automatic
+from helpers import quiet
 
 CPU = torch.device("cpu")
 SMALL = {"model_options": {"widths": [16]}, "batch_size": 64, "device": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny matrices gain nothing from threads, and lose much where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def toy(count: int = 96, channels: int = 3, size: int = 8, seed: int = 0) -> ImageData:
@@ -62,14 +54,14 @@ def config(data: ImageData, **options) -> TrainConfig:
 
 
 def silent() -> TrainProgress:
-    return TrainProgress(Console(quiet=True), enabled=False)
+    return TrainProgress(quiet(), enabled=False)
 
 
 class StopAfter(TrainProgress):
     """Asks for a stop once so many steps are done, as Ctrl-C in that step would."""
 
     def __init__(self, steps: int, stop: StopRequest):
-        super().__init__(Console(quiet=True), enabled=False)
+        super().__init__(quiet(), enabled=False)
         self.left, self.request = steps, stop
 
     def step(self, loss: float | None) -> None:
