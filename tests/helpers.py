@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Net(nn.Module):
     """One layer of each common kind, small: a convolution, a pointwise one, attention, an MLP."""
 
-    def __init__(self, dim: int = 4, hidden: int = 6) -> None:
+    def __init__(self, dim: int = 8, hidden: int = 16) -> None:
         super().__init__()
         self.stem = nn.Conv2d(2, dim, 3)
         self.pointwise = nn.Conv2d(dim, dim, 1)

@@ -104,7 +104,7 @@ def check(model: nn.Module, call: Callable[..., Any] | None, x: Tensor, draws: i
 @pytest.mark.fast_cases("projection:keep=0.5,kind=srht", "low_rank:keep=0.5,method=subspace")
 @every_family
 def test_compiled_gradients_are_unbiased_in_one_graph_without_recompiling(estimator):
-    model = Net()
+    model = Net(4, 6)
     bs.sketch_(model, estimator)
     check(model, compiled(model, INDUCTOR), images(), draws=200)
     assert counters["stats"]["unique_graphs"] == 1
@@ -113,7 +113,7 @@ def test_compiled_gradients_are_unbiased_in_one_graph_without_recompiling(estima
 
 @every_kind
 def test_a_mutation_of_each_kind_is_noticed_through_the_compiler(estimator, monkeypatch):
-    model = Net()
+    model = Net(4, 6)
     bs.sketch_(model, estimator)
     mutation_of(estimator)(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
@@ -137,7 +137,7 @@ def test_a_draw_that_is_redone_in_the_compiled_backward_is_noticed(monkeypatch):
 
 
 def test_compiled_forward_values_are_those_of_the_unconverted_model():
-    model, x = Net(), images()
+    model, x = Net(4, 6), images()
     call = compiled(model)
     expected = call(x)
     for estimator in (bs.Rows(keep=0.5), bs.Projection(keep=0.5)):
@@ -147,7 +147,7 @@ def test_compiled_forward_values_are_those_of_the_unconverted_model():
 
 @pytest.mark.parametrize("estimator", [bs.Rows(keep=0.5), bs.StoredRows(keep=0.5)], ids=str)
 def test_a_compiled_step_draws_anew_and_a_saved_stream_repeats_it(estimator):
-    model, x = Net(), images()
+    model, x = Net(4, 6), images()
     bs.sketch_(model, estimator)
     call = compiled(model)
 
@@ -164,7 +164,7 @@ def test_a_compiled_step_draws_anew_and_a_saved_stream_repeats_it(estimator):
 
 
 def test_the_global_stream_is_untouched_by_a_compiled_step():
-    model, x = Net(), images()
+    model, x = Net(4, 6), images()
     bs.sketch_(model, bs.Projection(keep=0.5))
     call = compiled(model)
     state = torch.get_rng_state()
@@ -275,7 +275,7 @@ def test_exact_works_on_a_compiled_model_and_both_ways_stay_compiled(backend):
 
 
 def test_eval_and_no_grad_bypass_the_sketch_in_a_compiled_model():
-    model, x = Net(), images()
+    model, x = Net(4, 6), images()
     bs.sketch_(model, bs.StoredRows(keep=0.5))
     call = compiled(model)
     expected = call(x)
@@ -413,14 +413,14 @@ def check_low_precision(model: nn.Module, call: Callable[..., Any], x: Tensor, d
 @pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @every_family
 def test_autocast_gradients_are_unbiased_in_eager(estimator):
-    model = Net()
+    model = Net(4, 6)
     bs.sketch_(model, estimator)
     check_low_precision(model, autocast(model), images(), draws=250)
 
 
 @pytest.mark.parametrize("estimator", KINDS[1::2], ids=str)
 def test_autocast_gradients_are_unbiased_compiled(estimator):
-    model = Net()
+    model = Net(4, 6)
     bs.sketch_(model, estimator)
     call = torch.compile(autocast(model), fullgraph=True, backend=PARTITIONED)
     check_low_precision(model, call, images(), draws=250)
@@ -436,7 +436,7 @@ def test_autocast_gradients_are_unbiased_with_the_default_backend():
 
 @every_kind
 def test_in_autocast_a_mutation_is_noticed(estimator, monkeypatch):
-    model = Net()
+    model = Net(4, 6)
     bs.sketch_(model, estimator)
     mutation_of(estimator)(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
@@ -445,7 +445,7 @@ def test_in_autocast_a_mutation_is_noticed(estimator, monkeypatch):
 
 @every_family
 def test_autocast_forward_values_are_those_of_the_unconverted_model(estimator):
-    model, x = Net(), images()
+    model, x = Net(4, 6), images()
     expected = autocast(model)(x)
     bs.sketch_(model, estimator)
     y = autocast(model)(x)
@@ -455,7 +455,7 @@ def test_autocast_forward_values_are_those_of_the_unconverted_model(estimator):
 
 @every_family
 def test_a_backward_pass_inside_the_autocast_block_works_too(estimator):
-    model, x = Net(), images()
+    model, x = Net(4, 6), images()
     bs.sketch_(model, estimator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(x).float().square().mean()
@@ -522,7 +522,7 @@ def test_micro_batches_draw_independently():
 
 @every_family
 def test_saved_tensors_may_be_moved_by_hooks(estimator):
-    model, x = Net(), images()
+    model, x = Net(4, 6), images()
     bs.sketch_(model, estimator)
     results = []
     for hooked in (False, True):
