@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.estimators import Bilinear
@@ -109,3 +110,35 @@ LAYERS = [
     conv(kernel=1, n=3, seed=4),
     conv(kernel=1, stride=2, groups=2, seed=5),
 ]
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself, with one tensor as its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class HeadAndLoss(nn.Module):
+    """A head that knows its loss, and always the same targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = bs.nn.LinearCrossEntropy(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x, torch.arange(len(x)) % 7)
+
+
+# Every kind of layer with products to sketch: a module around one, and its inputs.
+# tests/test_registry.py fails where a registered kind has no row here.
+ADAPTED: dict[type[nn.Module], tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]] = {
+    nn.Linear: (lambda: nn.Linear(5, 4), lambda: (torch.randn(7, 5),)),
+    nn.Conv2d: (lambda: nn.Conv2d(2, 4, 3, padding=1), lambda: (torch.randn(6, 2, 4, 3),)),
+    bs.nn.LinearCrossEntropy: (HeadAndLoss, lambda: (torch.randn(9, 5) * 2,)),
+    nn.MultiheadAttention: (SelfAttention, lambda: (torch.randn(4, 3, 8),)),
+}

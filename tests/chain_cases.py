@@ -46,6 +46,7 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "group norm": (lambda: nn.GroupNorm(2, 4), (3, 4, 3, 3)),
     "batch norm": (lambda: nn.BatchNorm1d(4), (9, 4)),
     "batch norm of images": (lambda: nn.BatchNorm2d(3), (3, 3, 4, 4)),
+    "batch norm of volumes": (lambda: nn.BatchNorm3d(3), (3, 3, 2, 4, 3)),
     "batch norm, cumulative": (lambda: nn.BatchNorm2d(3, momentum=None), (3, 3, 4, 4)),
     "batch norm, batch only": (
         lambda: nn.BatchNorm2d(3, affine=False, track_running_stats=False),

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from backsketch.planning import solve
+from backsketch.planning.plan import knapsack
 
 
 def test_a_plan_under_a_limit_names_scipy(monkeypatch):
     costs = [[(0.0, 0.0, 0.0), (-1.0, 1.0, 1.0)]]
     limits = (9.0, 9.0, 9.0)
-    assert solve.choose(costs, 0, limits) == [1]
+    assert knapsack.choose(costs, 0, limits) == [1]
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs SciPy: pip install 'backsketch\[plan\]'"):
-        solve.choose(costs, 0, limits)
+        knapsack.choose(costs, 0, limits)

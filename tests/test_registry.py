@@ -1,0 +1,158 @@
+"""Everything that is registered has its proof test, its mutation, its page and its contract with planning.
+
+The tests elsewhere run over the tables of ``cases.py``, ``chain_cases.py`` and ``mutations.py``. Here the
+registries are asked what exists, so that an addition that is in none of the tables fails by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import backsketch as bs
+from backsketch.estimators.base import Estimator, Sketch, registered
+from backsketch.nn import registry
+from cases import ADAPTED, ESTIMATORS, FAMILIES, linear
+from chain_cases import CHAIN, made
+from helpers import ROOT
+from mutations import MUTATIONS, mutation_of
+
+PAGES = ROOT / "docs" / "estimators"
+
+
+def sketches() -> dict[str, type[Sketch]]:
+    """The registered sketches that belong to the package, not to a test."""
+    return {n: c for n, c in registered().items() if c.__module__.startswith("backsketch.")}
+
+
+def estimators() -> dict[str, type[Estimator]]:
+    """The registered estimators of layers."""
+    return {n: c for n, c in sketches().items() if issubclass(c, Estimator)}
+
+
+def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
+    """What an estimator lacks before it is finished, in words."""
+    lacks = []
+    if cls is not bs.Exact:
+        if cls not in {type(e) for e in ESTIMATORS}:
+            lacks.append("a proof test: a row in ESTIMATORS of tests/cases.py")
+        if cls not in {type(e) for e in FAMILIES}:
+            lacks.append("the expensive tests: a row in FAMILIES of tests/cases.py")
+        if cls not in MUTATIONS:
+            lacks.append("a mutation: a row in MUTATIONS of tests/mutations.py")
+    if not (PAGES / f"{name}.md").is_file():
+        lacks.append(f"a page: docs/estimators/{name}.md")
+    elif f"({name}.md)" not in (PAGES / "README.md").read_text():
+        lacks.append("a row in docs/estimators/README.md")
+    if getattr(bs, cls.__name__, None) is not cls:
+        lacks.append("an export in backsketch/__init__.py")
+    if not (cls.__doc__ or "").strip():
+        lacks.append("a docstring")
+    return lacks
+
+
+def missing_of_layer(adapter: registry.Adapter) -> list[str]:
+    """What a layer kind lacks before it is finished, in words."""
+    if adapter.for_savers:
+        if any(isinstance(m, adapter.kind) for name in CHAIN for m in made(name)[0].modules()):
+            return []
+        return ["a proof test: a row in CHAIN of tests/chain_cases.py"]
+    lacks = []
+    if adapter.kind not in ADAPTED:
+        lacks.append("a proof test: a row in ADAPTED of tests/cases.py")
+    if f"nn.{adapter.kind.__name__}" not in (PAGES / "README.md").read_text():
+        lacks.append("its rows and columns in docs/estimators/README.md")
+    return lacks
+
+
+@pytest.mark.parametrize("name", estimators())
+def test_an_estimator_is_finished(name):
+    assert missing_of_estimator(name, estimators()[name]) == []
+
+
+@pytest.mark.parametrize("kind", registry._ADAPTERS, ids=lambda kind: kind.__name__)
+def test_a_layer_kind_is_finished(kind):
+    assert missing_of_layer(registry._ADAPTERS[kind]) == []
+
+
+@pytest.mark.parametrize("sketch", sorted(set(sketches()) - set(estimators())))
+def test_what_is_no_estimator_has_its_section_in_the_page_of_regions(sketch):
+    assert f"bs.{sketches()[sketch].__name__}" in (ROOT / "docs" / "regions.md").read_text()
+
+
+def test_an_unfinished_estimator_is_told_what_it_lacks():
+    @dataclasses.dataclass(frozen=True)
+    class Unfinished(Estimator):
+        keep: float = 0.5
+
+    Unfinished.__doc__ = ""
+    lacks = missing_of_estimator("unfinished", Unfinished)
+    assert [text.split(":")[0] for text in lacks] == [
+        "a proof test",
+        "the expensive tests",
+        "a mutation",
+        "a page",
+        "an export in backsketch/__init__.py",
+        "a docstring",
+    ]
+
+
+def test_an_unfinished_layer_kind_is_told_what_it_lacks():
+    lacks = missing_of_layer(registry.Adapter(nn.PReLU, registry.Swapped))
+    assert lacks == [
+        "a proof test: a row in ADAPTED of tests/cases.py",
+        "its rows and columns in docs/estimators/README.md",
+    ]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_an_estimator_says_what_planning_needs(estimator):
+    """Arithmetic, bytes, text and a closed form or the reason why there is none."""
+    assert all(0 <= part <= 1 or not estimator.is_exact() for part in estimator.work())
+    assert estimator.saved() > 0
+    assert estimator.saves_memory == (estimator.saved() < 1)
+    assert bs.parse(str(estimator)) == estimator
+    layer = linear()
+    known = [
+        _or_none(estimator.input_variance, layer.op, layer.g, layer.weight),
+        _or_none(estimator.weight_variance, layer.op, layer.g, layer.x),
+    ]
+    assert all(v is None or (float(v) >= 0 and v.dtype == torch.float64) for v in known)
+
+
+def _or_none(closed_form: Callable[..., torch.Tensor], *tensors: object) -> torch.Tensor | None:
+    """The closed form, or None where the estimator says that it has none."""
+    try:
+        return closed_form(*tensors)
+    except ValueError as error:
+        if "no closed" not in str(error):
+            raise
+        return None
+
+
+@pytest.mark.parametrize("estimator", [e for e in FAMILIES if not isinstance(e, bs.Split)], ids=str)
+def test_a_mutation_breaks_the_estimator(estimator, monkeypatch):
+    layer = nn.Linear(5, 4)
+    bs.sketch_(layer, estimator)
+    mutation_of(estimator)(monkeypatch)
+    with pytest.raises(AssertionError, match="is biased"):
+        bs.testing.check_unbiased(layer, torch.randn(7, 5), draws=300)
+
+
+@pytest.mark.parametrize("kind", ADAPTED, ids=lambda kind: kind.__name__)
+def test_a_layer_kind_is_unbiased_and_its_mutation_noticed(kind, monkeypatch):
+    build: Callable[[], nn.Module]
+    build, inputs = ADAPTED[kind]
+    for mutated in (False, True):
+        module = build()
+        bs.sketch_(module, bs.Rows(keep=0.5))
+        if not mutated:
+            bs.testing.check_unbiased(module, *inputs(), draws=300)
+            continue
+        mutation_of(bs.Rows(keep=0.5))(monkeypatch)
+        with pytest.raises(AssertionError, match="is biased"):
+            bs.testing.check_unbiased(module, *inputs(), draws=300)
