@@ -36,6 +36,9 @@ ESTIMATORS = [
     bs.Quantized(bits=2),
     bs.Quantized(bits=4, group_size=16),
     bs.Quantized(bits=8),
+    bs.Int8(),
+    bs.Int8(save=True),
+    bs.Int8(sketch=bs.Rows(keep=0.5)),
     bs.Split(grad_weight=bs.Rows(keep=0.5)),
     bs.Split(grad_input=bs.Columns(keep=0.5), grad_weight=bs.StoredRows(keep=0.5)),
 ]
@@ -51,6 +54,7 @@ FAMILIES = [
     bs.Projection(keep=0.5),
     bs.Projection(keep=0.5, kind="srht"),
     bs.Quantized(bits=2),
+    bs.Int8(),
     bs.Split(grad_weight=bs.Rows(keep=0.5)),
 ]
 

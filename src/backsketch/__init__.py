@@ -4,7 +4,7 @@ A tour::
 
     import backsketch as bs
 
-    report = bs.sketch_(model, bs.Rows(keep=0.25))   # in place; the optimizer, the loop, the
+    report = bs.sketch_(model, bs.Int8())             # in place; the optimizer, the loop, the
     print(report)                                    # checkpoints: nothing else changes
 
     loss_fn(model(x), y).backward()                  # unbiased gradients, at a fraction of the work
@@ -13,7 +13,7 @@ A tour::
         ...
     bs.restore_(model)                               # exactly as before
 
-    bs.sketch_(model, {"head": None, "blocks.*.mlp": bs.Rows(keep=0.5)})   # the first match wins
+    bs.sketch_(model, {"head": None, "blocks.*": bs.Int8(sketch=bs.Rows(keep=0.5))})   # the first match wins
     bs.sketch_(model, bs.Quantized(bits=4))          # memory: inputs, activations, norms in 4 bits
     print(bs.saved_bytes(model, x))                  # what is kept for the backward, by module
     bs.testing.check_unbiased(model, x)              # see for yourself
@@ -29,6 +29,7 @@ from backsketch.estimators import Columns as Columns
 from backsketch.estimators import Elements as Elements
 from backsketch.estimators import Estimator as Estimator
 from backsketch.estimators import Exact as Exact
+from backsketch.estimators import Int8 as Int8
 from backsketch.estimators import LowRank as LowRank
 from backsketch.estimators import Projection as Projection
 from backsketch.estimators import Quantized as Quantized

@@ -237,6 +237,9 @@ def _fill(site: Site, module: nn.Module, adapter: Adapter, sketch: Estimator) ->
     site.work, site.saved = sketch.work(), sketch.saved()
     if is_small(module):
         site.reason = "small: expect no gain in time"
+    else:
+        advice = (sketch.advice(op, weight) for op, weight in adapter.weights(module))
+        site.reason = next(filter(None, advice), "")
 
 
 def _without_effect(patterns: Patterns, outcomes: Outcomes, tree: Tree) -> list[str]:

@@ -32,11 +32,21 @@ if TYPE_CHECKING:
     from backsketch.estimators.bilinear import Bilinear
     from backsketch.rounding import Rounding
 
-__all__ = ["Estimator", "Sketch", "check_choice", "check_keep", "nonfinite", "register", "spec"]
+__all__ = [
+    "Estimator",
+    "Gradients",
+    "Sketch",
+    "check_choice",
+    "check_keep",
+    "nonfinite",
+    "register",
+    "spec",
+]
 
 _REGISTRY: dict[str, type[Sketch]] = {}
 
 T = TypeVar("T", bound="type[Sketch]")
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, weight and bias
 
 
 class Sketch:
@@ -82,6 +92,29 @@ class Estimator(Sketch):
     ) -> Tensor:
         """An unbiased estimate of ``op.weight_vjp(cotangent, x)`` from what :meth:`store` kept."""
         return op.weight_vjp(cotangent, op.rows(stored[0]))
+
+    def vjps(
+        self,
+        op: Bilinear,
+        cotangent: Tensor,
+        weight: Tensor,
+        stored: tuple[Tensor, ...],
+        seed: Tensor,
+        needed: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """Estimates of the gradients of the rows of the input and of the weight, and the exact one of the bias.
+
+        ``needed`` tells which of the three are wanted; the others are None.
+        """
+        if needed[0] and needed[1]:
+            x = self.dequantized_input(op, cotangent, stored)
+            if x is not None:
+                return op.vjps(cotangent, x, weight, needed[2])
+        return (
+            self.estimate_input(op, cotangent, weight, seed) if needed[0] else None,
+            self.estimate_weight(op, cotangent, stored, seed) if needed[1] else None,
+            op.bias_vjp(cotangent) if needed[2] else None,
+        )
 
     def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
         """What the forward pass saves of its input for ``grad_weight``: by default the input."""
@@ -130,6 +163,10 @@ class Estimator(Sketch):
         """Why this estimator makes no sense for a layer, or None if it does."""
         return None
 
+    def advice(self, op: Bilinear, weight: Tensor) -> str:
+        """What the report says of a layer where no gain in time is expected; empty where one is."""
+        return ""
+
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         """``E‖error‖²`` of :meth:`estimate_input` in closed form (a float64 scalar)."""
         return torch.zeros((), dtype=torch.float64)
@@ -172,7 +209,7 @@ def spec(sketch: Sketch) -> str:
 def _format(value: object) -> str:
     if isinstance(value, Sketch):
         return f"({spec(value)})"
-    return "none" if value is None else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,8 +6,13 @@ linear layers, convolutions and attention projections alike.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from backsketch.products import Source
 
 __all__ = ["Bilinear", "energy", "gather_scaled", "norms", "scatter_rows"]
 
@@ -21,6 +26,8 @@ class Bilinear:
     """
 
     groups: int = 1
+    is_matrix: bool = False
+    """Whether the rows are those of one matrix, as of a linear layer."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The exact layer, by the very call that the unconverted module makes."""
@@ -52,6 +59,10 @@ class Bilinear:
         """:meth:`input_vjp`, :meth:`weight_vjp` and, if wanted, :meth:`bias_vjp`: cheaper in one for some."""
         grad_bias = self.bias_vjp(cotangent) if with_bias else None
         return self.input_vjp(cotangent, weight), self.weight_vjp(cotangent, x), grad_bias
+
+    def with_products(self, products: Source) -> Bilinear | None:
+        """The same layer with its backward products computed by ``products``, or None where there is no way."""
+        return None
 
     def row_gram(self, cotangent: Tensor, x: Tensor) -> Tensor:
         """``(rows, rows)`` inner products of the rows' contributions to ``grad_weight``."""

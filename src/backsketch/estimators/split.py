@@ -107,6 +107,9 @@ class Split(Estimator):
     def refusal(self, op: Bilinear, weight: Tensor) -> str | None:
         return self._input.refusal(op, weight) or self._weight.refusal(op, weight)
 
+    def advice(self, op: Bilinear, weight: Tensor) -> str:
+        return self._input.advice(op, weight) or self._weight.advice(op, weight)
+
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         return self._input.input_variance(op, cotangent, weight)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from backsketch.estimators.bilinear import gather_scaled
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
 from backsketch.ops.linear import Linear, check_estimator
+from backsketch.products import Source
 
 __all__ = ["Conv2d", "PointwiseConv2d", "bilinear_conv2d", "conv2d"]
 
@@ -74,6 +76,19 @@ class Conv2d(Bilinear):
         part = self._weight_vjp(g, self._choose(x, 1, indices), indices.shape[0])
         return self._place(part, 0, indices)
 
+    def with_products(self, products: Source) -> Bilinear | None:
+        return RoundedConv2d(self, products)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """``(positions, channels * kernel)``: what each position of the output sees, sample by sample."""
+        columns = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
+        return columns.transpose(1, 2).flatten(0, 1)
+
+    def fold(self, columns: Tensor, samples: int) -> Tensor:
+        """The transpose of :meth:`unfold`."""
+        columns = columns.unflatten(0, (samples, -1)).transpose(1, 2)
+        return F.fold(columns, self.spatial, self.kernel, self.dilation, self.padding, self.stride)
+
     def _choose(
         self, tensor: Tensor, dim: int, indices: Tensor, weights: Tensor | None = None
     ) -> Tensor:
@@ -110,6 +125,56 @@ class Conv2d(Bilinear):
             cotangent, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation,
             False, [0, 0], groups, mask,
         )  # fmt: skip
+
+
+class RoundedConv2d(Conv2d):
+    """A convolution as matrix products over its positions, group by group, computed elsewhere in low precision."""
+
+    def __init__(self, exact: Conv2d, products: Source) -> None:
+        values = {field.name: getattr(exact, field.name) for field in fields(exact)}
+        super().__init__(**values)
+        object.__setattr__(self, "products", products)
+
+    products: Source
+
+    def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
+        parts = zip(cotangent.chunk(self.groups, 1), weight.chunk(self.groups))
+        return torch.cat([self._vjps(g, None, w)[0] for g, w in parts], 1)
+
+    def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        parts = zip(cotangent.chunk(self.groups, 1), x.chunk(self.groups, 1))
+        return torch.cat([self._vjps(g, xi, None)[1] for g, xi in parts])
+
+    def vjps(
+        self, cotangent: Tensor, x: Tensor, weight: Tensor, with_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        tensors = (
+            cotangent.chunk(self.groups, 1),
+            x.chunk(self.groups, 1),
+            weight.chunk(self.groups),
+        )
+        results = [self._vjps(*parts) for parts in zip(*tensors)]
+        below = torch.cat([part for part, _ in results], 1)
+        at_weight = torch.cat([part for _, part in results])
+        return below, at_weight, self.bias_vjp(cotangent) if with_bias else None
+
+    def _vjps(self, cotangent: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Any, Any]:
+        """Of one group."""
+        samples = cotangent.shape[0]
+        if not samples:  # which unfolding refuses; there is nothing to round
+            return (
+                None if weight is None else self._input_vjp(cotangent, weight, 1),
+                None if x is None else self._weight_vjp(cotangent, x, 1),
+            )
+        g = cotangent.flatten(2).transpose(1, 2).flatten(0, 1)
+        columns = None if x is None else self.unfold(x)
+        flat = None if weight is None else weight.flatten(1)
+        below, at_weight, _ = self.products.vjps(g, columns, flat)
+        if below is not None:
+            below = self.fold(below, samples)
+        if at_weight is not None:
+            at_weight = at_weight.unflatten(1, (-1, *self.kernel))
+        return below, at_weight
 
 
 @dataclass(frozen=True)

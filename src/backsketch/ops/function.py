@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from backsketch.estimators import Bilinear, Estimator
+from backsketch.estimators.base import Gradients
 from backsketch.ops.double_backward import without_double_backward
 from backsketch.sampling import next_seed
 
@@ -78,18 +79,12 @@ def _vjp(
     cotangent: Tensor,
     weight: Tensor,
     *stored: Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     # As in the forward pass: layers that share a cotangent (a sum of branches) must not share a seed.
     seed = next_seed(cotangent, weight)
-    g = op.rows(cotangent)
-    if needed[0] and needed[1] and (x := estimator.dequantized_input(op, g, stored)) is not None:
-        below, at_weight, at_bias = op.vjps(g, x, weight, needed[2])
-        return op.unrows(below, input_shape), at_weight.view(weight.shape), at_bias
-    grad_input = grad_weight = grad_bias = None
-    if needed[0]:
-        grad_input = op.unrows(estimator.estimate_input(op, g, weight, seed), input_shape)
-    if needed[1]:
-        grad_weight = estimator.estimate_weight(op, g, stored, seed).view(weight.shape)
-    if needed[2]:
-        grad_bias = op.bias_vjp(g)
-    return grad_input, grad_weight, grad_bias
+    below, at_weight, at_bias = estimator.vjps(op, op.rows(cotangent), weight, stored, seed, needed)
+    return (
+        None if below is None else op.unrows(below, input_shape),
+        None if at_weight is None else at_weight.view(weight.shape),
+        at_bias,
+    )

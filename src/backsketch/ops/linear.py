@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
+from backsketch.products import Source
 from backsketch.theory import variance
 
 __all__ = ["Linear", "linear"]
@@ -15,6 +16,8 @@ __all__ = ["Linear", "linear"]
 
 class Linear(Bilinear):
     """``Z = X Wᵀ + b`` with X ``(rows, in)``, W ``(out, in)``: the products are ``G W`` and ``Gᵀ X``."""
+
+    is_matrix = True
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -31,6 +34,9 @@ class Linear(Bilinear):
     def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
         return cotangent.T @ x
 
+    def with_products(self, products: Source) -> Bilinear | None:
+        return RoundedLinear(self, products)
+
     def row_gram(self, cotangent: Tensor, x: Tensor) -> Tensor:
         g, x = cotangent.double(), x.double()
         return (g @ g.T) * (x @ x.T)
@@ -41,6 +47,41 @@ class Linear(Bilinear):
     def column_gram(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         g, w = cotangent.double(), weight.double()
         return (g.T @ g) * (w @ w.T)
+
+
+class RoundedLinear(Linear):
+    """A linear layer whose backward products are computed elsewhere, in low precision."""
+
+    def __init__(self, exact: Linear, products: Source) -> None:
+        self.exact, self.products = exact, products
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.exact.forward(x, weight, bias)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.ndim == 2 else self.exact.rows(tensor)
+
+    def unrows(self, grad_input: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self.exact.unrows(grad_input, shape)
+
+    def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
+        below = self.products.vjps(cotangent, None, weight.flatten(1))[0]
+        assert below is not None
+        return below
+
+    def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
+        at_weight = self.products.vjps(cotangent, x, None)[1]
+        assert at_weight is not None
+        return at_weight
+
+    def vjps(
+        self, cotangent: Tensor, x: Tensor, weight: Tensor, with_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        flat = weight.flatten(1)
+        below, at_weight, at_bias = self.products.vjps(cotangent, x, flat, with_bias=with_bias)
+        assert below is not None
+        assert at_weight is not None
+        return below, at_weight, at_bias
 
 
 _LINEAR = Linear()

@@ -1,0 +1,111 @@
+"""The fused host kernels of ``int8.cpp``, called with tensors; ``eager.py`` does the same, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backsketch.native import Source
+from backsketch.products import eager
+
+__all__ = ["SOURCE", "Kernels", "library"]
+
+_PER_THREAD = 1 << 20  # multiply-adds that are worth a thread
+
+SOURCE = Source(Path(__file__).with_name("int8.cpp"), "-fopenmp")
+
+
+class Kernels:
+    """The compiled functions, called with tensors: contiguous, on the host, float32 or bfloat16."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        self._library = compiled
+        self.is_fast = bool(compiled.backsketch_int8_is_fast())
+        """Whether the processor has the instructions that make integer products faster than float ones."""
+
+    def vjps(
+        self,
+        g: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        packed: tuple[Tensor, Tensor] | None,
+        keys: tuple[eager.Key, ...],
+        with_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See :func:`backsketch.products.eager.vjps`; the results are float32."""
+        n, o = g.shape
+        j = weight.shape[1] if weight is not None else _width(x, packed)
+        grad_input = None if weight is None else torch.empty(n, j)
+        grad_weight = None if x is None and packed is None else torch.empty(o, j)
+        grad_bias = torch.empty(o) if with_bias else None
+        codes, stats = packed or (None, None)
+        done = self._library.backsketch_int8_vjps(
+            _at(g), _at(x), _at(weight), _at(codes), _at(stats), _i64(n), _i64(o), _i64(j),
+            (ctypes.c_uint32 * 8)(*(word for key in keys for word in key)), _is_bfloat(g),
+            _at(grad_input), _at(grad_weight), _at(grad_bias), _threads(n * o * max(j, 1)),
+        )  # fmt: skip
+        if not done:
+            raise MemoryError("no memory for the codes of an 8-bit product")
+        return grad_input, grad_weight, grad_bias
+
+    def pack(self, x: Tensor, key: eager.Key) -> tuple[Tensor, Tensor]:
+        """See :func:`backsketch.products.eager.pack`."""
+        n, j = x.shape
+        codes = torch.empty(eager.depth_of(n), eager.up(j, 16), dtype=torch.uint8)
+        stats = torch.empty(-(-n // eager.BLOCK), 2, j)
+        first, second = (ctypes.c_uint32(word) for word in key)
+        self._library.backsketch_int8_pack(
+            _at(x), _i64(n), _i64(j), first, second, _is_bfloat(x), _at(codes), _at(stats), _threads(64 * n * j)
+        )  # fmt: skip
+        return codes, stats
+
+
+_i64 = ctypes.c_int64
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def _is_bfloat(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def _width(x: Tensor | None, packed: tuple[Tensor, Tensor] | None) -> int:
+    return x.shape[1] if x is not None else packed[1].shape[2] if packed else 0
+
+
+def _threads(work: int) -> int:
+    return max(1, min(torch.get_num_threads(), work // _PER_THREAD))
+
+
+@lru_cache(maxsize=1)
+def library() -> Kernels | None:
+    """The kernels, compiled and loaded if they are not; None where that is impossible or they compute wrongly."""
+    compiled = SOURCE.library()
+    kernels = None if compiled is None else Kernels(compiled)
+    return kernels if kernels is not None and agrees(kernels) else None
+
+
+def agrees(kernels: Kernels) -> bool:
+    """Whether the kernels compute what their twin does: processors differ in how they add products of bytes."""
+    generator = torch.Generator().manual_seed(0)
+    g, x, weight = (
+        torch.randint(2, shape, generator=generator) * 2.0 - 1  # codes at both ends of their range
+        for shape in ((261, 67), (261, 35), (67, 35))
+    )
+    keys = ((1, 2), (3, 4), (5, 6), (7, 8))
+    cases = [(x, None), (None, kernels.pack(x, keys[2]))]
+    return all(
+        torch.equal(a, b)
+        for own, packed in cases
+        for a, b in zip(
+            kernels.vjps(g, own, weight, packed, keys, False)[:2],
+            eager.vjps(g, own, weight, packed, keys, False)[:2],
+        )
+        if a is not None and b is not None
+    )

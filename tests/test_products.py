@@ -1,0 +1,191 @@
+"""8-bit products: bit for bit those of the twin, unbiased for hard operands, refused where they are wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import backsketch as bs
+from backsketch import products
+from backsketch.products import eager, native
+from backsketch.sampling import next_seed
+from backsketch.testing import Moments, _check_directions, _check_entries
+from mutations import halve_the_dither_of_products
+
+KEYS = ((1, 2), (3, 4), (5, 6), (7, 8))
+SHAPES = [(5, 3, 7), (1, 1, 1), (300, 100, 70), (261, 64, 2100), (700, 33, 129), (513, 96, 50)]
+needs_native = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
+
+
+def operands(n: int, j: int, o: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Cotangent with row scales over many decades, input and weight."""
+    generator = torch.Generator().manual_seed(n)
+    g, x, w = (torch.randn(s, generator=generator) for s in ((n, o), (n, j), (o, j)))
+    return [t.to(dtype) for t in (g * (3 * torch.randn(n, 1, generator=generator)).exp(), x, w)]
+
+
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernels_agree_with_their_twin_bit_for_bit(shape, dtype):
+    kernels = native.library()
+    g, x, w = operands(*shape, dtype)
+    wide = [t.float() for t in (g, x, w)]
+    packed = kernels.pack(x, KEYS[2])
+    assert all(map(equal, packed, eager.pack(wide[1], KEYS[2])))
+    for own, kept in ((x, None), (None, packed)):
+        fast = kernels.vjps(g, own, w, kept, KEYS, True)
+        slow = eager.vjps(wide[0], None if own is None else wide[1], wide[2], kept, KEYS, True)
+        assert equal(fast[0], slow[0])
+        assert equal(fast[1], slow[1])
+        torch.testing.assert_close(fast[2], slow[2], rtol=1e-5, atol=1e-5 * float(g.abs().max()))
+
+
+@needs_native
+def test_they_agree_on_what_is_not_finite_and_it_reaches_the_gradients():
+    kernels = native.library()
+    g, x, w = operands(300, 40, 30)
+    g[3], g[280] = 0, 1e-38
+    g[5, 2], x[270, 4], w[0, 7] = torch.nan, torch.inf, -torch.inf
+    for own, kept in ((x, None), (None, kernels.pack(x, KEYS[2]))):
+        fast, slow = (run.vjps(g, own, w, kept, KEYS, True) for run in (kernels, eager))
+        assert equal(fast[0], slow[0])
+        assert equal(fast[1], slow[1])
+        assert fast[0][5].isnan().all()
+        assert fast[0][:, 7].isnan().all()
+        assert fast[1][:, 4].isnan().all()
+        assert fast[2][2].isnan()
+
+
+HARD = ["six decades", "outlier", "zero rows", "one row", "float64", "bfloat16", "equal", "narrow"]
+
+
+def hard(name: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    n = 1 if name == "one row" else 24
+    g, x, w = (torch.randn(s, generator=generator) for s in ((n, 6), (n, 5), (6, 5)))
+    if name == "six decades":
+        g *= torch.logspace(-6, 0, n)[:, None]
+    elif name == "outlier":
+        g[3, 2] = 1e4
+    elif name == "zero rows":
+        g[::3] = 0
+    elif name == "equal":  # every entry lies 0.3 steps above a level
+        g[:], x[:], w[:] = 38.3 / 127, 38.3 / 127, 38.3 / 127
+        g[:, 0], x[0], w[0] = 1.0, 1.0, 1.0
+    dtype = getattr(torch, name) if name in ("float64", "bfloat16") else torch.float32
+    return [t.to(dtype) for t in (g, x, w)]
+
+
+def moments(g: Tensor, x: Tensor, w: Tensor, draws: int, save: bool = False) -> list[Moments]:
+    wide = [t.double() for t in (g, x, w)]
+    # What is rounded to bfloat16 at the end is rounded to nearest: not a bias of the products.
+    size = 2.0**-8 if g.dtype == torch.bfloat16 else 0.0
+    exact = wide[0] @ wide[2], wide[0].T @ wide[1]
+    collected = [Moments(e, rounding=size * float(e.abs().max())) for e in exact]
+    for _ in range(draws):
+        seed = next_seed(g)
+        packed = products.pack(x, next_seed(x)) if save else None
+        pair = products.vjps(g, None if save else x, w, seed, packed=packed)
+        for m, estimate in zip(collected, pair):
+            m.add(estimate)
+    return collected
+
+
+def check(collected: list[Moments]) -> None:
+    for name, m in zip(("grad_input", "grad_weight"), collected):
+        _check_entries(name, m, 5.5)
+        _check_directions(name, m, 5.5)
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["fresh", "saved"])
+@pytest.mark.parametrize("name", HARD)
+def test_hard_operands_have_unbiased_products(name, save):
+    check(moments(*hard(name), draws=1000, save=save))
+
+
+@pytest.mark.parametrize("name", ["six decades", "equal", "outlier"])
+def test_a_wrong_dither_is_noticed(name, monkeypatch):
+    halve_the_dither_of_products(monkeypatch)
+    with pytest.raises(AssertionError, match="biased"):
+        check(moments(*hard(name), draws=1000))
+
+
+def test_blocks_of_rows_are_summed_and_long_contractions_split():
+    g, x, w = operands(600, 8, 2300)
+    g = g.clamp(-3, 3)
+    below, at_weight, at_bias = products.vjps(g, x, w, next_seed(g), with_bias=True)
+    for estimate, exact in ((below, g @ w), (at_weight, g.T @ x)):
+        assert float((estimate - exact).norm() / exact.norm()) < 0.03
+    torch.testing.assert_close(at_bias, g.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_input_is_kept_in_a_quarter_of_its_bytes():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    x = torch.randn(512, 64)
+    exact = bs.saved_bytes(model, x).total
+    bs.sketch_(model, bs.Int8(save=True))
+    assert bs.saved_bytes(model, x).total < 0.27 * exact + 2 * 64 * 64 * 4
+
+
+def test_kernels_that_compute_wrongly_are_not_used(monkeypatch):
+    kernels = native.library()
+    if kernels is None:
+        pytest.skip("no compiled kernels here")
+    assert native.agrees(kernels)
+    monkeypatch.setattr(
+        native.Kernels,
+        "vjps",
+        lambda *a: [None if t is None else t + 1 for t in eager.vjps(*a[1:])],
+    )
+    assert not native.agrees(kernels)
+
+
+def test_the_report_says_where_no_gain_in_time_is_expected(monkeypatch):
+    monkeypatch.setattr(products, "why_slow", lambda device="cpu": "this processor is too old")
+    report = bs.sketch_(nn.Linear(128, 128), bs.Int8())
+    assert "expect no gain in time: this processor is too old" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sketch": "rows"}, "must be another estimator"),
+        ({"sketch": bs.Int8()}, "must be another estimator"),
+        ({"save": 1}, "save must be True or False"),
+        ({"sketch": bs.Quantized(bits=4), "save": True}, "a way of its own"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bs.Int8(**arguments)
+
+
+@pytest.mark.parametrize(
+    "inner", [bs.Rows(keep=0.5), bs.Columns(keep=0.5), bs.Quantized(bits=4)], ids=str
+)
+def test_a_sketch_inside_stays_unbiased(inner):
+    layer = nn.Linear(6, 5)
+    bs.sketch_(layer, bs.Int8(sketch=inner))
+    bs.testing.check_unbiased(layer, torch.randn(9, 6), draws=800)
+
+
+def test_multihead_attention_and_convolutions_are_unbiased():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    bs.sketch_(attention, bs.Int8())
+    x = torch.randn(2, 3, 8)
+    bs.testing.check_unbiased(attention, x, x, x, draws=600)
+    for layer in (
+        nn.Conv2d(4, 6, 3, 2, padding=1),
+        nn.Conv2d(4, 6, 1),
+        nn.Conv2d(4, 4, 3, groups=2),
+    ):
+        bs.sketch_(layer, bs.Int8())
+        bs.testing.check_unbiased(layer, torch.randn(2, 4, 6, 6), draws=400)
