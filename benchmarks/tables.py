@@ -3,8 +3,7 @@
     python benchmarks/tables.py          # rewrite
     python benchmarks/tables.py --check  # exit 1 where a table differs from the results
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, a number in a sentence between
-``<!-- value: TABLE | ROW | COLUMN -->`` and ``<!-- end -->``: the cell of that table, without its stars.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from backsketch.experiments.views import VIEWS, Page, arms, equal_cost
 from backsketch.experiments.views import trade_off as cost
 
 ROOT = Path(__file__).resolve().parent.parent
-VALUE = re.compile(r"(<!-- value: (.+?) -->)(?:[^<]*?)(<!-- end -->)")
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?)(<!-- end -->)", re.S)
 
 
@@ -285,25 +283,9 @@ TABLES = {
 }
 
 
-def value(where: str) -> str:
-    """A cell of a table: ``TABLE | ROW | COLUMN``; the row goes by its first cell.
-
-    Raises:
-        ValueError: there is no such row or column.
-    """
-    table, row, column = (part.strip() for part in where.split("|"))
-    lines = [line.strip("| ").split(" | ") for line in TABLES[table]().splitlines()]
-    header, body = lines[0], lines[2:]
-    found = [cells for cells in body if cells[0] == row]
-    if not found or column not in header:
-        raise ValueError(f"no cell {where!r}: rows {[c[0] for c in body]}, columns {header}")
-    return found[0][header.index(column)].strip("*")
-
-
 def filled(text: str) -> str:
-    """The text with every marked table and number written anew."""
-    text = BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
-    return VALUE.sub(lambda m: m[1] + value(m[2]) + m[3], text)
+    """The text with every marked table written anew."""
+    return BLOCK.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
 
 
 def pages() -> list[Path]:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import importlib.util
 import pkgutil
+import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 import backsketch
+from helpers import ROOT, script
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TABLES = "benchmarks/tables.py"
 
 
 def test_the_tables_are_those_of_the_results(tmp_path):
-    tables = load_tables()
+    tables = script(TABLES)
     assert tables.stale() == []
     # The mutation: another number in a table is noticed.
     page = (ROOT / "docs" / "estimators" / "README.md").read_text()
@@ -31,14 +26,55 @@ def test_the_tables_are_those_of_the_results(tmp_path):
     assert tables.filled(page.replace(line, line + " 0.5 |")) == page
 
 
-def test_a_number_in_a_sentence_is_a_cell_of_a_table():
-    tables = load_tables()
-    where = "depth | grad_weight only | network"
-    assert tables.value(where) == "plain"
-    sentence = f"It is <!-- value: {where} -->plain<!-- end -->, as said."
-    assert tables.filled(sentence.replace("plain", "other")) == sentence
-    with pytest.raises(ValueError, match="no cell"):
-        tables.value("depth | grad_weight only | nothing")
+def test_sentences_hold_no_generated_numbers_and_fit_a_screen():
+    for page in script(TABLES).pages():
+        text = page.read_text()
+        assert "<!-- value" not in text, page
+        prose = re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
+        long = [line for line in prose if len(line) > 180 and not line.startswith("|")]
+        assert long == [], page
+
+
+def blocks(page: Path) -> str:
+    """The python blocks of a page in order, as they would be pasted, at the lines where they stand."""
+    lines, inside = [], False
+    for line in page.read_text().splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            line = ""
+        lines.append(line if inside else "")
+    return "\n".join(lines)
+
+
+PAGES = [
+    p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if blocks(p).strip()
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_python_blocks_of_a_page_run_when_pasted_in_order(page, tmp_path, monkeypatch):
+    for package in re.findall(r"<!-- needs: ([\w, ]+) -->", page.read_text()):
+        for name in package.split(", "):
+            pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(page), str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_a_block_that_lacks_a_name_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Text.\n\n```python\nprint(undefined)\n```\n")
+    with pytest.raises(NameError, match="undefined"):
+        exec(compile(blocks(page), str(page), "exec"), {})
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_runs(example, tmp_path, monkeypatch):
+    assert len(example.read_text().splitlines()) < 60
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example), run_name="__main__")
 
 
 @pytest.mark.parametrize(
@@ -51,9 +87,7 @@ def test_the_examples_in_the_docstrings_run(name):
 
 
 def test_relative_links_lead_somewhere():
-    tables = load_tables()
-    import re
-
+    tables = script(TABLES)
     for page in tables.pages():
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page}: {link}"
