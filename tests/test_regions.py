@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch import sampling
 from backsketch.nn.swap import unswap_
-from backsketch.regions import Mask, Region, state_of
-from backsketch.regions.state import CURRENT
+from backsketch.regions import Mask, Region, ignore_scores, record_scores, state_of
+from backsketch.regions.context import Call, current, inside, run_as
+from backsketch.regions.state import runtime_of
 from helpers import named_gradients
 from region_models import Attention, Block, Feedforward, ViT, make_region, mlp
 
@@ -343,9 +345,9 @@ def test_regions_of_one_class_share_a_graph_and_keep_their_own_budget(
 
     model, x = nn.Sequential(Own(8), Own(8), Own(8)), torch.randn(10, 4, 8)
     keeps = [0.2, 0.5, 0.8]
-    states = make_region(model, {str(i): Region(k) for i, k in enumerate(keeps)})
+    make_region(model, {str(i): Region(k) for i, k in enumerate(keeps)})
     warm(model, x)
-    assert len({id(s.runner) for s in states.values()}) == 1
+    assert len({id(runtime_of(block).runner) for block in model}) == 1
     model(x).square().sum().backward()
     # Without a residual path the dropped rows stay zero: each region shrinks those before it.
     assert [s.indices.numel() for _, s in drawn[-3:]] == [8, 4, 1]
@@ -533,9 +535,9 @@ def test_images_keep_their_layout(
 
 def test_a_known_call_does_not_enter_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = mlp(4, 4), torch.randn(6, 4)
-    (state,) = make_region(model, {"": Region(0.5)}).values()
+    make_region(model, {"": Region(0.5)})
     warm(model, x)
-    monkeypatch.setattr(state.runner, "call", None)
+    monkeypatch.setattr(runtime_of(model).runner, "call", None)
     for n in (6, 9, 5):
         assert model(torch.randn(n, 4)).shape == (n, 4)
 
@@ -568,8 +570,8 @@ def test_states_do_not_leak_out_of_a_failing_forward() -> None:
     make_region(model, {"": Region(0.5)})
     with pytest.raises(KeyError, match="own error"):
         model(torch.randn(4, 3))
-    assert CURRENT.state is None
-    assert CURRENT.depth == 0
+    assert current() is None
+    assert not inside()
 
 
 def test_no_mark_stays_on_the_users_tensors() -> None:
@@ -577,3 +579,64 @@ def test_no_mark_stays_on_the_users_tensors() -> None:
     make_region(model, {"": Region(0.5)})
     warm(model, x)
     assert not x.__dict__
+
+
+def _steps(model: nn.Module, x: Tensor, num: int, found: list[Tensor]) -> None:
+    for _ in range(num):
+        model.zero_grad()
+        model(x).square().sum().backward()
+    found += [p.grad.clone() for p in model.parameters()]
+
+
+def test_two_threads_train_two_regions_at_once() -> None:
+    """Both regions are of one class and share a graph; one sketches, the other keeps nearly all."""
+
+    class Shared(Feedforward):
+        """No other test has captured it."""
+
+    blocks, x = [Shared(8), Shared(8)], torch.randn(64, 6, 8)
+    exact = [[*torch.autograd.grad(b(x).square().sum(), list(b.parameters()))] for b in blocks]
+    for block, keep in zip(blocks, (0.25, 1 - 1e-9)):
+        make_region(block, {"": Region(keep)})
+    scores = [record_scores(block, 200) for block in blocks]
+    found: list[list[Tensor]] = [[], []]
+    threads = [threading.Thread(target=_steps, args=(b, x, 60, f)) for b, f in zip(blocks, found)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [state_of(block).status for block in blocks] == ["active", "active"]
+    # Each one's scores are those of its own cotangents: nothing was written to the other's state.
+    for block, recorded in zip(blocks, scores):
+        with torch.no_grad():
+            expected = 2 * Shared.forward(block, x).flatten(1).norm(dim=1)
+        assert len(recorded) >= 58
+        assert all(torch.allclose(s, expected, rtol=1e-4) for s in recorded)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(found[1], exact[1]))
+    assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(found[0], exact[0]))
+
+
+def test_a_call_belongs_to_its_thread() -> None:
+    seen: list[bool] = []
+    thread = threading.Thread(target=lambda: seen.append(inside()))
+
+    def enter() -> bool:
+        thread.start()
+        thread.join()
+        return inside()
+
+    assert run_as(Call(runtime_of(nn.Identity())), enter)
+    assert seen == [False]
+
+
+def test_scores_are_recorded_on_request() -> None:
+    model, x = mlp(4, 4), torch.randn(6, 4)
+    make_region(model, {"": Region(0.5)})
+    warm(model, x)
+    recorded = record_scores(model, 2)
+    for _ in range(3):
+        model(x).backward(torch.ones(6, 4))
+    assert [s.tolist() for s in recorded] == [[2.0] * 6] * 2
+    ignore_scores(model)
+    model(x).backward(torch.ones(6, 4))
+    assert len(recorded) == 2

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import backsketch as bs
-from backsketch.regions import Mask, Region, attach, capture, refusal, state_of
-from backsketch.regions.state import RegionState
+from backsketch.regions import Mask, Region, attach, refusal, runner, state_of
+from backsketch.regions.state import RegionState, runtime_of
 from region_models import (
     CNN,
     Attention,
@@ -255,10 +255,10 @@ def test_saved_bytes_does_not_capture_a_region_anew() -> None:
     model, x = blocks(), torch.randn(16, 8)
     bs.sketch_(model, {"0": R})
     model(x).sum().backward()
-    programs = state_of(model[0]).runner.capture.programs
+    programs = runtime_of(model[0]).runner.capture.programs
     for _ in range(3):
         bs.saved_bytes(model, x)
-    assert state_of(model[0]).runner.capture.programs == programs
+    assert runtime_of(model[0]).runner.capture.programs == programs
 
 
 def test_a_flop_counter_is_no_obstacle_and_leaves_no_trace() -> None:
@@ -274,7 +274,7 @@ def test_a_flop_counter_is_no_obstacle_and_leaves_no_trace() -> None:
 
 
 def test_a_region_tells_that_compilation_is_switched_off(monkeypatch) -> None:
-    monkeypatch.setattr(capture, "_RUNNERS", {})
+    monkeypatch.setattr(runner, "_RUNNERS", {})
     model, x = blocks(), torch.randn(16, 8)
     bs.sketch_(model, {"0": R})
     with torch.compiler.set_stance("force_eager"):

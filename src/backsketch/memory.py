@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from backsketch.regions import RegionModule
+from backsketch.torch_private import pytree
 from backsketch.untouched import untouched
 
 __all__ = ["SavedBytes", "kept_by", "peak_bytes", "peak_of", "saved_bytes"]

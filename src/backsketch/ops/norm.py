@@ -31,6 +31,7 @@ from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
+from backsketch.torch_private import batch_norm_with_statistics
 
 __all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 
@@ -182,8 +183,8 @@ class BatchNorm(ChannelNorm):
     ) -> Stats:
         # On copies: what a Function changes in place a compiler would have to be told of.
         mean, var = [s.clone() for s in state] or (None, None)
-        y, center, rstd, _, _ = torch._batch_norm_impl_index(
-            x, weight, bias, mean, var, True, self.momentum, self.eps, torch.backends.cudnn.enabled
+        y, center, rstd = batch_norm_with_statistics(
+            x, weight, bias, (mean, var), self.momentum, self.eps
         )
         return (y, center, rstd) if mean is None or var is None else (y, center, rstd, mean, var)
 

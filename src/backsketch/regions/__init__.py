@@ -2,6 +2,7 @@
 
 :class:`Region` and :class:`Mask` are the configurations, :func:`attach` puts one on a module,
 :func:`refusal` tells beforehand why it could not, and :class:`RegionState` says how it went.
+:func:`record_scores` collects the row norms that a region computes anyway.
 """
 
 from backsketch.regions.guards import refusal as refusal
@@ -13,4 +14,6 @@ from backsketch.regions.spec import Mask as Mask
 from backsketch.regions.spec import Region as Region
 from backsketch.regions.state import RegionState as RegionState
 from backsketch.regions.state import forget as forget
+from backsketch.regions.state import ignore_scores as ignore_scores
+from backsketch.regions.state import record_scores as record_scores
 from backsketch.regions.state import state_of as state_of

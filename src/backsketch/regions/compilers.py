@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx
 
 from backsketch.regions import rows as row_ops
 from backsketch.regions.rows import Layout
+from backsketch.torch_private import boxed, compile_inner, decompositions, min_cut_partition
 
-__all__ = ["COMPILERS", "Compiler", "Inductor", "Rows", "Runner", "boxed"]
+__all__ = ["COMPILERS", "Compiler", "Inductor", "Rows", "Runner", "copied"]
 
 Runner = Callable[..., Sequence[Any]]
 
@@ -32,16 +32,6 @@ class Rows(NamedTuple):
     plain: Sequence[bool]
 
 
-def boxed(function: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-    """Mark a function of one list of arguments for AOTAutograd."""
-
-    def call(args: list[Any]) -> Any:
-        return function(args)
-
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call
-
-
 class Compiler:
     """Plain execution: every operator of the graph is called in turn, as eager PyTorch would."""
 
@@ -53,11 +43,11 @@ class Compiler:
         return None
 
     def forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func(graph.forward)
+        return boxed(graph.forward)
 
     def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
         """The graph on all rows: a function of the list of arguments."""
-        return make_boxed_func(_short(_copy(graph)).forward)
+        return boxed(_short(copied(graph)).forward)
 
     def kept_backward(self, graph: fx.GraphModule, inputs: Sequence[Any], rows: Rows) -> Runner:
         """The graph on kept rows: a function of (index, lead, full-size saved tensors, cotangents).
@@ -125,33 +115,25 @@ class Inductor(Compiler):
     """
 
     def decompositions(self) -> dict[Any, Any]:
-        from torch._inductor.decomposition import select_decomp_table
-
-        table = dict(select_decomp_table())
+        table = decompositions()
         random = {getattr(op, name) for op in _RANDOM for name in op.overloads()}
         return {op: f for op, f in table.items() if op not in random}
 
     def inner_partition(self, mode: str) -> Any:
-        return min_cut_rematerialization_partition if mode == "save" else None
+        return min_cut_partition if mode == "save" else None
 
     def forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx_inner
-
-        return compile_fx_inner(graph, inputs)
+        return compile_inner(graph, inputs)
 
     def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
-        from torch._inductor.compile_fx import compile_fx_inner
-
-        return compile_fx_inner(_copy(graph), inputs, is_backward=True)
+        return compile_inner(copied(graph), inputs, is_backward=True)
 
     def kept_backward(self, graph: fx.GraphModule, inputs: Sequence[Any], rows: Rows) -> Runner:
-        from torch._inductor.compile_fx import compile_fx_inner
-
         dense = [
             x if at is None or not isinstance(x, Tensor) else row_ops.dense_like(x, at)
             for x, at in zip(inputs, [*rows.saved, *[None] * (len(inputs) - len(rows.saved))])
         ]
-        compiled: Any = compile_fx_inner(_copy(graph), dense, is_backward=True)
+        compiled: Any = compile_inner(copied(graph), dense, is_backward=True)
 
         def run(index: Tensor, lead: Any, args: list[Any]) -> Sequence[Any]:
             for i, at in enumerate(rows.saved):
@@ -166,8 +148,8 @@ class Inductor(Compiler):
         return run
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """Inductor's passes edit the graph they are given."""
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph, for the passes of AOTAutograd and inductor edit the one they are given."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     return fx.GraphModule(module, graph)

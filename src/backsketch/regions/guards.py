@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.loss import _Loss
 
 from backsketch.regions.spec import Mask, Region
+from backsketch.torch_private import BatchNormBase, LossBase
 
 __all__ = ["refusal"]
 
@@ -32,13 +31,13 @@ def refusal(module: nn.Module, sketch: Region | Mask) -> str | None:
 
 
 def _couples_rows(module: nn.Module) -> str | None:
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BatchNormBase):
         uses_batch = module.training or not module.track_running_stats
         if uses_batch:
             return (
                 "normalises with statistics of the batch, which couples its rows: put it in eval mode, "
                 "replace it by GroupNorm, or end the region before it"
             )
-    if isinstance(module, _Loss) and getattr(module, "reduction", "none") != "none":
+    if isinstance(module, LossBase) and getattr(module, "reduction", "none") != "none":
         return "reduces a loss over the rows: end the region before the loss"
     return None

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from backsketch import sampling
+from backsketch.torch_private import pytree, traced_as_constant
 
 __all__ = ["mask_outputs", "mask_rows", "masked_rows"]
 
@@ -168,9 +168,6 @@ def _ancestors(tensors: list[Tensor]) -> set[Any]:
     return seen
 
 
+@traced_as_constant
 def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler: called while tracing.
-_warn.__dict__["_dynamo_marked_constant"] = True

@@ -9,9 +9,10 @@ from torch import nn
 
 from backsketch.nn.swap import Swapped, swap_
 from backsketch.regions import guards
+from backsketch.regions.context import inside
 from backsketch.regions.mask import mask_outputs
 from backsketch.regions.spec import Mask, Region
-from backsketch.regions.state import CURRENT, RegionState, state_of
+from backsketch.regions.state import RegionState, state_of
 
 __all__ = ["MaskedModule", "RegionModule", "attach"]
 
@@ -20,14 +21,14 @@ class RegionModule(Swapped):
     """A module whose backward pass runs on the kept rows, while it trains."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if CURRENT.depth or self._backsketch.keep >= 1 or not self._active():
+        if inside() or self._backsketch.keep >= 1 or not self._active():
             return super().forward(*args, **kwargs)
-        # Late, because it brings in all of Dynamo: seconds that `import backsketch` need not take.
-        from backsketch.regions import capture
+        # Late, because it brings in SymPy: a second that `import backsketch` need not take.
+        from backsketch.regions.call import call, call_from_compiled
 
         if torch.compiler.is_compiling():
-            return capture.call_from_compiled(self, args, kwargs)
-        return capture.call(self, args, kwargs, "plain")
+            return call_from_compiled(self, args, kwargs)
+        return call(self, args, kwargs, "plain")
 
 
 class MaskedModule(Swapped):
@@ -35,7 +36,7 @@ class MaskedModule(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super().forward(*args, **kwargs)
-        if CURRENT.depth or not self._active():
+        if inside() or not self._active():
             return outputs
         return mask_outputs(self, outputs, self._backsketch.keep, self._backsketch.row_dims)
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from functorch.compile import default_partition
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from backsketch.regions.structure import expr, is_random
+from backsketch.torch_private import default_partition
 
 aten = torch.ops.aten
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]

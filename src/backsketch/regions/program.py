@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,145 +15,141 @@ from backsketch.regions import rows as row_ops
 from backsketch.regions.compilers import Compiler, Rows, Runner
 from backsketch.regions.oprules import label_of
 from backsketch.regions.rows import Layout
-from backsketch.regions.state import RegionState
-from backsketch.regions.structure import Coupled, Proof, RowSymbols, expr, is_random
+from backsketch.regions.state import Runtime
+from backsketch.regions.structure import (
+    Coupled,
+    Proof,
+    RowSymbols,
+    expr,
+    is_random,
+    outputs_of,
+    placeholders_of,
+)
 from backsketch.regions.verify import splits_add_up
 
+__all__ = ["KeptBackward", "Program", "RowsApart"]
 
-@dataclass
-class Program:
-    """A captured forward and backward graph, the proof about it, and what became of the proof.
 
-    ``refusal`` is why every backward pass runs on all rows; ``verified`` turns true once the sum over
-    two parts of the first batch has reproduced the exact gradients.
+@dataclass(frozen=True)
+class RowsApart:
+    """The proof that rows do not interact: where they are in the values of a graph, and in its gradients.
+
+    ``layouts`` holds the rows of every value of the forward graph by name, ``gradients`` those of the
+    gradients that the backward graph returns.
     """
 
     row_dims: int
     symbols: RowSymbols
-    refusal: str | None = None
-    verified: bool = False
-    layouts: dict[str, Layout | None] = field(default_factory=dict)
-    gradients: list[Layout | None] = field(default_factory=list)
-    built: bool = False
-    exact: Runner | None = None
-    kept: KeptBackward | None = None
+    layouts: dict[str, Layout | None]
+    gradients: list[Layout | None]
 
-    # --- capture ------------------------------------------------------------------------------------
+    @classmethod
+    def prove(
+        cls,
+        symbols: RowSymbols,
+        row_dims: int,
+        fw: fx.GraphModule,
+        bw: fx.GraphModule,
+        outputs: int,
+    ) -> RowsApart:
+        """Follow the rows through the forward graph, whose first ``outputs`` results are the module's.
 
-    def prove(self, fw: fx.GraphModule, bw: fx.GraphModule, num_outputs: int) -> None:
-        """Prove row independence from the forward graph, or note the reason it fails."""
-        try:
-            self._prove(fw, bw, num_outputs)
-        except Coupled as reason:
-            self.refusal = str(reason)
-
-    def _prove(self, fw: fx.GraphModule, bw: fx.GraphModule, num_outputs: int) -> None:
-        if not self.symbols.live:
+        Raises:
+            Coupled: rows may interact, or the backward graph is not a function of saved values.
+        """
+        if not symbols.live:
             raise Coupled("no tensor argument has a leading dimension that may vary")
-        proof = Proof(self.symbols, label_of)
+        proof = Proof(symbols, label_of)
         for node in fw.graph.nodes:
             if node.op != "output":
                 proof.visit(node)
-        self.layouts = {node.name: proof.layout(node) for node in proof.labels}
-        self._prove_outputs(fw, num_outputs)
+        for out in outputs_of(fw)[:outputs]:
+            _check_output(proof, out, row_dims)
         primals = fw.graph.find_nodes(op="placeholder")
-        gradients = _outputs(bw)
-        if len(primals) != len(gradients):
+        if len(primals) != len(outputs_of(bw)):
             raise Coupled("the backward graph has outputs that are not gradients")
-        self.gradients = [proof.layout(p) for p in primals]
         if any(is_random(n) for n in bw.graph.nodes):
             raise Coupled("random numbers would be drawn again in the backward pass")
+        layouts = {node.name: proof.layout(node) for node in proof.labels}
+        return cls(row_dims, symbols, layouts, [proof.layout(p) for p in primals])
 
-    def _prove_outputs(self, fw: fx.GraphModule, num_outputs: int) -> None:
-        for out in _outputs(fw)[:num_outputs]:
-            value = out.meta.get("val") if isinstance(out, fx.Node) else None
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                continue
-            at = self.layouts[out.name]
-            if at is None or at.dim != 0:
-                raise Coupled("an output has no rows (a loss or a statistic inside the region?)")
-            if not self._has_lead(value):
-                raise Coupled(
-                    f"an output of shape {tuple(value.shape)} does not have the {self.row_dims} leading "
-                    "dimensions of the first argument"
-                )
 
-    def _has_lead(self, value: Tensor) -> bool:
-        """Whether the leading sizes of an output are those of the arguments, axis by axis."""
-        if value.dim() < self.row_dims:
-            return False
-        sizes = [expr(size) for size in value.shape[: self.row_dims]]
-        return all(
-            size in axis if axis else size == 1 for size, axis in zip(sizes, self.symbols.axes)
+def _check_output(proof: Proof, out: Any, row_dims: int) -> None:
+    value = out.meta.get("val") if isinstance(out, fx.Node) else None
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return
+    at = proof.layout(out)
+    if at is None or at.dim != 0:
+        raise Coupled("an output has no rows (a loss or a statistic inside the region?)")
+    if not _has_lead(proof.rows, value, row_dims):
+        raise Coupled(
+            f"an output of shape {tuple(value.shape)} does not have the {row_dims} leading "
+            "dimensions of the first argument"
         )
 
-    def build(self, bw: fx.GraphModule, inputs: Sequence[Any], compiler: Compiler) -> None:
-        """Prepare both ways to run the backward graph."""
-        self.exact = compiler.backward(bw, inputs)
-        if self.refusal is None:
-            try:
-                self.kept = KeptBackward.from_graph(self, bw, inputs, compiler)
-            except Coupled as reason:
-                self.refusal = str(reason)
-        self.built = True
 
-    # --- running ------------------------------------------------------------------------------------
+def _has_lead(symbols: RowSymbols, value: Tensor, row_dims: int) -> bool:
+    """Whether the leading sizes of an output are those of the arguments, axis by axis."""
+    if value.dim() < row_dims:
+        return False
+    sizes = [expr(size) for size in value.shape[:row_dims]]
+    return all(size in axis if axis else size == 1 for size, axis in zip(sizes, symbols.axes))
 
-    def backward(self, state: RegionState | None, args: list[Any]) -> Sequence[Any]:
+
+@dataclass
+class Program:
+    """A captured backward graph on all rows, and on the kept ones.
+
+    ``verified`` turns true once the sum over two parts of the first batch has reproduced the exact
+    gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows.
+    """
+
+    exact: Runner
+    kept: KeptBackward
+    verified: bool = False
+    refusal: str | None = None
+
+    def backward(self, region: Runtime | None, args: list[Any]) -> Sequence[Any]:
         """Sizes, saved tensors and cotangents -> gradients of the inputs.
 
-        ``state`` is the region whose forward pass this belongs to: regions of one class share a graph.
+        ``region`` is the one whose forward pass this belongs to: regions of one class share a graph.
         """
-        assert self.exact is not None
-        if self.kept is None or state is None or state.spec is None:
+        if self.refusal or region is None or region.spec is None:
             return self.exact(args)
         cotangents = args[-self.kept.num_cotangents :]
-        lead = tuple(cotangents[0].shape[: self.row_dims])
-        scores = row_ops.scores(cotangents, self.row_dims)
+        row_dims = region.spec.row_dims
+        lead = tuple(cotangents[0].shape[:row_dims])
+        scores = row_ops.scores(cotangents, row_dims)
         if not self.verified:
-            return self._first(state, args, lead, scores)
-        state.settle("active")
-        if state.trace is not None:
-            state.trace.append(scores)
-        sample = sampling.draw_live(scores, state.spec.keep, _num_live(state, scores))
+            return self._first(region, args, lead, scores)
+        region.settle("active")
+        if region.scores is not None:
+            region.scores.append(scores)
+        sample = sampling.draw_live(scores, region.spec.keep, _num_live(region, scores))
         if sample is None:
             return self.exact(args)
         return self.kept(args, lead, sample.indices, sample.weights)
 
     def _first(
-        self, state: RegionState, args: list[Any], lead: tuple[int, ...], scores: Tensor
+        self, region: Runtime, args: list[Any], lead: tuple[int, ...], scores: Tensor
     ) -> Sequence[Any]:
         """The first backward pass is exact, and checks that parts of the batch add up to it."""
-        assert self.exact is not None
-        assert self.kept is not None
-        kept, exact = self.kept, self.exact
         gradients, verdict = splits_add_up(
-            lambda index: kept(args, lead, index, None),
-            lambda: exact(list(args)),
+            lambda index: self.kept(args, lead, index, None),
+            lambda: self.exact(list(args)),
             scores,
-            kept.low_precision,
+            self.kept.low_precision,
         )
-        if verdict is None:
-            return (
-                gradients  # nothing to learn from zero or non-finite cotangents: try the next one
-            )
         if verdict:
             self.verified = True
-            state.settle("active")
-        else:
-            self.refusal, self.kept = "parts of the first batch do not add up to its gradient", None
-            state.settle("exact", self.refusal)
-        return gradients
+            region.settle("active")
+        elif verdict is False:
+            self.refusal = "parts of the first batch do not add up to its gradient"
+            region.settle("exact", self.refusal)
+        return gradients  # without a verdict (zero or non-finite cotangents): try the next batch
 
 
-def _outputs(module: fx.GraphModule) -> Sequence[Any]:
-    (output,) = module.graph.find_nodes(op="output")
-    result = output.args[0]
-    assert isinstance(result, (tuple, list))
-    return result
-
-
-def _num_live(state: RegionState, scores: Tensor) -> int | None:
+def _num_live(region: Runtime, scores: Tensor) -> int | None:
     """How many rows have a cotangent, without waiting for an accelerator.
 
     On the CPU they are counted with the draw. Elsewhere the fraction is measured on a region's first backward pass
@@ -162,12 +158,12 @@ def _num_live(state: RegionState, scores: Tensor) -> int | None:
     n = scores.shape[0]
     if scores.device.type == "cpu":
         return None
-    if state.live_fraction is None:
-        state.live_fraction = int(torch.count_nonzero(scores)) / n
-    return math.ceil(state.live_fraction * n - 1e-6)
+    if region.live_fraction is None:
+        region.live_fraction = int(torch.count_nonzero(scores)) / n
+    return math.ceil(region.live_fraction * n - 1e-6)
 
 
-@dataclass
+@dataclass(frozen=True)
 class KeptBackward:
     """The captured backward graph at ``k`` rows: sizes, saved tensors and cotangents cut down."""
 
@@ -180,28 +176,26 @@ class KeptBackward:
 
     @classmethod
     def from_graph(
-        cls, program: Program, bw: fx.GraphModule, inputs: Sequence[Any], compiler: Compiler
+        cls, apart: RowsApart, bw: fx.GraphModule, inputs: Sequence[Any], compiler: Compiler
     ) -> KeptBackward:
         """Read off where the rows of the backward graph's inputs are.
 
         Raises:
             Coupled: a saved size is not a multiple of the number of rows.
         """
-        placeholders = bw.graph.find_nodes(op="placeholder")
-        cotangents = [p for p in placeholders if "tangents" in str(p.target)]
-        saved = placeholders[: len(placeholders) - len(cotangents)]
+        saved, cotangents = placeholders_of(bw)
         sizes = [
-            (i, _symbol_axes(program.symbols, p.meta["val"]))
+            (i, _symbol_axes(apart.symbols, p.meta["val"]))
             for i, p in enumerate(saved)
             if not isinstance(p.meta["val"], Tensor)
         ]
-        layouts = [program.symbols.layout_at(p.meta["val"].shape, 0) for p in cotangents]
+        layouts = [apart.symbols.layout_at(p.meta["val"].shape, 0) for p in cotangents]
         if None in layouts:
             raise Coupled("an output has no rows (a loss or a statistic inside the region?)")
-        axis = program.symbols.live[-1]
-        saved_layouts = [program.layouts.get(p.name) for p in saved]
-        plain = [_is_plain(program.symbols, p, program.layouts.get(p.name)) for p in saved]
-        rows = Rows(saved_layouts, program.gradients, axis, plain)
+        axis = apart.symbols.live[-1]
+        saved_layouts = [apart.layouts.get(p.name) for p in saved]
+        plain = [_is_plain(apart.symbols, p, apart.layouts.get(p.name)) for p in saved]
+        rows = Rows(saved_layouts, apart.gradients, axis, plain)
         return cls(
             compiler.kept_backward(bw, inputs, rows),
             sizes,

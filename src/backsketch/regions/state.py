@@ -1,7 +1,8 @@
-"""What is mutable about a region: how its capture went, and which region a backward pass belongs to."""
+"""What is mutable about a region: how it went, for anybody to read, and what it needs to run."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,34 +12,54 @@ from torch import Tensor, nn
 
 from backsketch.regions.spec import Region
 
-__all__ = ["RegionState", "state_of"]
+__all__ = [
+    "RegionState",
+    "Runtime",
+    "forget",
+    "ignore_scores",
+    "record_scores",
+    "runtime_of",
+    "state_of",
+]
 
 Status = Literal["pending", "active", "exact"]
 
 
 @dataclass(eq=False)
 class RegionState:
-    """The live side of one region.
+    """How a region is doing; to be read, its region alone writes it.
 
     ``status`` is ``"pending"`` until the first backward pass has been checked, then ``"active"``, or
-    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias. ``trace``, where someone
-    put one, collects the row norms of the cotangents that were sampled.
+    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias.
     """
 
     name: str = ""
     status: Status = "pending"
     reason: str | None = None
+
+
+@dataclass(eq=False)
+class Runtime:
+    """What a region needs to run: caches that may be dropped at any time, at the price of a capture.
+
+    ``spec`` is the sketch of the current forward pass, ``runner`` the compiled call that fits it,
+    ``exhausted`` holds runners that were recompiled too often, ``seen`` the signatures of arguments that
+    were captured. ``live_fraction`` is the share of rows with a cotangent, where counting them would
+    wait for an accelerator. ``scores``, where somebody records, collects the row norms of cotangents.
+    """
+
+    state: RegionState
     spec: Region | None = None
-    live_fraction: float | None = None
-    trace: deque[Tensor] | None = None
     refused: bool = False
     runner: Any = None
     exhausted: list[Any] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
+    live_fraction: float | None = None
+    scores: deque[Tensor] | None = None
 
     def settle(self, status: Status, reason: str | None = None) -> None:
-        """Record the outcome of a guard."""
-        self.status, self.reason = status, reason
+        """Write down the outcome of a guard."""
+        self.state.status, self.state.reason = status, reason
 
     def refuse(self, reason: str) -> None:
         """Run exactly from now on."""
@@ -46,29 +67,44 @@ class RegionState:
         self.settle("exact", reason)
 
 
-_STATES: weakref.WeakKeyDictionary[nn.Module, RegionState] = weakref.WeakKeyDictionary()
+_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, Runtime] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def runtime_of(module: nn.Module, name: str = "") -> Runtime:
+    """The run-time side of a module's region, made on first use; a copied module starts afresh."""
+    runtime = _RUNTIMES.get(module)
+    if runtime is None:
+        with _LOCK:
+            runtime = _RUNTIMES.setdefault(module, Runtime(RegionState(name)))
+    return runtime
 
 
 def state_of(module: nn.Module, name: str = "") -> RegionState:
     """The state of a module's region, made on first use; a copied module starts afresh."""
-    state = _STATES.get(module)
-    if state is None:
-        state = _STATES[module] = RegionState(name)
-    return state
+    return runtime_of(module, name).state
 
 
 def forget(module: nn.Module) -> None:
     """Drop a module's state: guards are checked again if it becomes a region again."""
-    _STATES.pop(module, None)
+    _RUNTIMES.pop(module, None)
 
 
-class Current:
-    """The region whose forward pass is running, and whether one is being captured."""
+def record_scores(module: nn.Module, length: int) -> deque[Tensor]:
+    """Collect the row norms of the cotangents that a region samples, the last ``length`` of them.
 
-    state: RegionState | None = None
-    lead: tuple[int, ...] = ()
-    inputs: Any = ((), {})
-    depth = 0
+    Args:
+        module: a region.
+        length: how many backward passes to remember.
+
+    Returns:
+        A queue of float ``(rows,)``, which grows with each sketched backward pass.
+    """
+    runtime = runtime_of(module)
+    runtime.scores = deque(maxlen=length)
+    return runtime.scores
 
 
-CURRENT = Current()
+def ignore_scores(module: nn.Module) -> None:
+    """Stop what :func:`record_scores` began."""
+    runtime_of(module).scores = None

@@ -24,7 +24,15 @@ from torch import Tensor, fx
 
 from backsketch.regions.rows import Layout
 
-__all__ = ["Coupled", "Proof", "RowSymbols", "is_random"]
+__all__ = [
+    "Coupled",
+    "Proof",
+    "RowSymbols",
+    "is_random",
+    "outputs_of",
+    "placeholders_of",
+    "shape_of",
+]
 
 
 class Coupled(Exception):
@@ -92,6 +100,21 @@ def is_random(node: fx.Node) -> bool:
     i = names.index("dropout_p")
     p: Any = node.args[i] if len(node.args) > i else node.kwargs.get("dropout_p", 0.0)
     return bool(p != 0)
+
+
+def outputs_of(module: fx.GraphModule) -> Sequence[Any]:
+    """What a graph returns, in order."""
+    (output,) = module.graph.find_nodes(op="output")
+    results = output.args[0]
+    assert isinstance(results, (tuple, list))
+    return results
+
+
+def placeholders_of(backward: fx.GraphModule) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The arguments of a backward graph: saved values and sizes, then cotangents."""
+    placeholders = list(backward.graph.find_nodes(op="placeholder"))
+    cotangents = [p for p in placeholders if "tangents" in str(p.target)]
+    return placeholders[: len(placeholders) - len(cotangents)], cotangents
 
 
 def shape_of(node: fx.Node) -> Sequence[Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from backsketch.sampling.stream import generator_of, unit
+from backsketch.torch_private import is_functorch_wrapped
 
 __all__ = ["DESIGNS", "FIXED_SIZE", "few", "inclusion_probabilities", "num_kept", "num_live_kept"]
 
@@ -32,7 +33,7 @@ def num_live_kept(scores: Tensor, keep: float) -> int:
         scores.device.type == "cpu"
         and type(scores) is Tensor
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(scores)
+        and not is_functorch_wrapped(scores)
     )
     return max(1, min(k, int(torch.count_nonzero(scores)))) if countable else k
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch.planning.control.sites import Site, find_sites
 from backsketch.planning.profiling.records import Option, SlotProfile
+from backsketch.torch_private import load_compiler
 from backsketch.train import measure
 
 __all__ = ["AUTO", "Auto", "Run"]
@@ -64,9 +65,7 @@ class Auto:
     """
 
     def __init__(self, total_steps: int) -> None:
-        # All of Dynamo comes in with it: seconds that belong to the preparation, not to the training.
-        from backsketch.regions import capture  # noqa: F401
-
+        load_compiler()  # seconds that belong to the preparation, not to the training
         self.start = min(max(total_steps // 50, 1), 50)
         self.target = TARGET
         self.rules: dict[str, str] | None = None

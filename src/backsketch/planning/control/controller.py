@@ -20,7 +20,7 @@ from backsketch.planning.control.sites import Site, Spread, Watch, find_sites, s
 from backsketch.planning.measure.replay import Recorder
 from backsketch.planning.profiling.families import FINE_LADDER
 from backsketch.planning.profiling.records import Profile
-from backsketch.regions import Region, state_of
+from backsketch.regions import Region, ignore_scores, record_scores, state_of
 from backsketch.rules import unwrap
 from backsketch.theory.advice import effective_batch, learning_rate_factor
 
@@ -246,7 +246,7 @@ class Controller:
         self._closed = True
         self._disarm()
         for i in self._traces:
-            state_of(self._sites[i].module).trace = None
+            ignore_scores(self._sites[i].module)
 
     def __enter__(self) -> Controller:
         return self
@@ -407,7 +407,7 @@ class Controller:
 
     def _trace(self, site: Site, index: int, length: int) -> None:
         if isinstance(site.base, Region):
-            self._traces[index] = state_of(site.module).trace = deque(maxlen=length)
+            self._traces[index] = record_scores(site.module, length)
 
     def _watch(self) -> None:
         """Hooks for one step where no region computes scores; none inside a compiled model."""

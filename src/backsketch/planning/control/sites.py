@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from backsketch.estimators import Columns, Rows, Sketch, Split, StoredRows
 from backsketch.nn.registry import adapter_of
@@ -21,6 +20,7 @@ from backsketch.planning.measure.passes import places
 from backsketch.planning.profiling.curves import least_errors
 from backsketch.regions import Mask, Region
 from backsketch.regions.rows import scores
+from backsketch.torch_private import pytree
 
 __all__ = [
     "Site",

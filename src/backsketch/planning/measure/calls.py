@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils import _pytree as pytree
 
 __all__ = ["Call", "Calls", "backward", "fresh", "replay", "tensors_of", "watching"]
 

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from backsketch.estimators import Sketch
 from backsketch.nn.swap import is_swapped, sketch_of, switched
 from backsketch.regions import RegionModule
 from backsketch.sampling import Keys, keyed
+from backsketch.torch_private import pytree
 from backsketch.untouched import repeatable
 
 __all__ = ["Caught", "Passes", "Place", "checked", "has_region", "passes", "places"]

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from backsketch.planning.measure.calls import fresh, tensors_of
 from backsketch.planning.measure.hooks import Hook
 from backsketch.sampling import keyed
+from backsketch.torch_private import pytree
 from backsketch.untouched import untouched
 
 __all__ = ["Recorder", "Replay", "replaying"]

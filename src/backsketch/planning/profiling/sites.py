@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from backsketch.convert import restore_, sketch_
 from backsketch.estimators import Rows, Split
@@ -22,6 +21,7 @@ from backsketch.nn.registry import adapter_of, is_small, refusal
 from backsketch.planning.measure.calls import Call, Calls, replay, tensors_of, watching
 from backsketch.planning.measure.passes import checked
 from backsketch.regions import Region, state_of
+from backsketch.torch_private import pytree
 from backsketch.untouched import repeatable
 
 __all__ = ["Slot", "find_slots"]

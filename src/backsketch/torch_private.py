@@ -1,0 +1,286 @@
+"""All private interfaces of PyTorch that the library uses, each with the reason and the fallback.
+
+No other module imports a name with a leading underscore from ``torch``. What belongs to the compiler is
+imported inside the functions here, because it takes seconds that ``import backsketch`` need not spend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.loss import _Loss as LossBase
+
+# torch.utils.pytree is public, but does not name the paths of leaves.
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "BatchNormBase",
+    "ForwardFacts",
+    "LossBase",
+    "aot_autograd",
+    "autocast_is_on",
+    "batch_norm_with_statistics",
+    "boxed",
+    "capture_errors",
+    "compile_inner",
+    "compiled_entries",
+    "decompositions",
+    "default_partition",
+    "forward_facts",
+    "hooks_are_guarded",
+    "is_functorch_wrapped",
+    "load_compiler",
+    "mark_dynamic",
+    "min_cut_partition",
+    "pytree",
+    "recompile_limit",
+    "recompile_limit_error",
+    "traced_as_constant",
+    "unseen_by_compiler",
+    "without_autocast",
+]
+
+
+# --- eager ------------------------------------------------------------------------------------------
+
+
+def is_functorch_wrapped(x: Tensor) -> bool:
+    """Whether a function transform looks at ``x``, so that no value of it may be read.
+
+    There is no public test. Without the private one every tensor counts as wrapped: values are then not
+    read, and zero rows may be drawn for nothing.
+    """
+    test = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+    return True if test is None else bool(test(x))
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast is on for the CPU or an accelerator."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """Autocast off on every device inside the block, at no cost where it is off already.
+
+    The private guard takes one call for all devices; nested public ``torch.autocast`` blocks replace it.
+    """
+    if not autocast_is_on():
+        return nullcontext()
+    guard = getattr(torch._C, "_DisableAutocast", None)
+    return _autocast_blocks() if guard is None else guard()
+
+
+@contextmanager
+def _autocast_blocks() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False):
+        if not torch.cuda.is_available():
+            yield
+            return
+        with torch.autocast("cuda", enabled=False):
+            yield
+
+
+def batch_norm_with_statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: tuple[Tensor | None, Tensor | None],
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and reciprocal deviation of a batch norm in training, as ``F.batch_norm`` makes them.
+
+    ``F.batch_norm`` does not return the statistics, and ``torch.native_batch_norm`` may take another
+    kernel, whose last bits differ; it is the fallback.
+    """
+    implementation = getattr(torch, "_batch_norm_impl_index", None)
+    if implementation is None:
+        return torch.native_batch_norm(x, weight, bias, *state, True, momentum, eps)
+    cudnn = torch.backends.cudnn.enabled
+    return implementation(x, weight, bias, *state, True, momentum, eps, cudnn)[:3]
+
+
+def traced_as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: Dynamo calls the function while it traces and takes the result for a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same and imports the compiler. Should the mark
+    lose its meaning, Dynamo traces the function, which then breaks the graph.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+# --- Dynamo -----------------------------------------------------------------------------------------
+
+
+def load_compiler() -> None:
+    """Import the compiler now: seconds that would otherwise fall into the first captured call."""
+
+
+def compiled_entries(code: Any) -> Sequence[Any]:
+    """Dynamo's compiled versions of a code object, with their guards.
+
+    Checked directly they cost a tenth of Dynamo's own way in. Without them every call takes that way.
+    """
+    try:
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    except ImportError:
+        return ()
+    return _debug_get_cache_entry_list(code)
+
+
+def recompile_limit() -> int:
+    """How many graphs Dynamo makes of one code object; its default where the setting is gone."""
+    return int(getattr(torch._dynamo.config, "recompile_limit", 8))
+
+
+def recompile_limit_error() -> type[Exception]:
+    """What Dynamo raises at the limit under ``fullgraph=True``; its base class where it has no own one."""
+    from torch._dynamo import exc
+
+    return getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException)
+
+
+def capture_errors() -> type[Exception]:
+    """The base class of what Dynamo raises about code that it cannot capture."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def hooks_are_guarded() -> AbstractContextManager[Any]:
+    """Let Dynamo guard on the hooks of submodules while it captures.
+
+    By default hooks that come later are never called, and those of one module are taken for another's.
+    Without the setting hooks must be registered before the first forward pass.
+    """
+    try:
+        return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+    except AttributeError:
+        return nullcontext()
+
+
+def mark_dynamic(x: Tensor, axes: Sequence[int]) -> None:
+    """Make the sizes of ``axes`` symbols, unless the graph needs them to be numbers."""
+    torch._dynamo.maybe_mark_dynamic(x, axes)
+
+
+def unseen_by_compiler() -> bool:
+    """Whether Dynamo would leave code alone for good, because a mode such as a FLOP counter sees all.
+
+    Without the private tests a capture is tried, and ends with Dynamo's own reason.
+    """
+    from torch.utils import _python_dispatch as modes
+
+    if getattr(torch._dynamo.config, "inline_torch_dispatch_torch_compile", False):
+        name = "any_torch_dispatch_mode_on_stack"
+    else:
+        name = "is_in_any_mode_without_ignore_compile_internals"
+    test = getattr(modes, name, None)
+    return test is not None and bool(test())
+
+
+# --- AOTAutograd ------------------------------------------------------------------------------------
+
+
+def aot_autograd(**options: Any) -> Callable[..., Any]:
+    """A ``torch.compile`` backend from compilers of the forward and the backward graph.
+
+    The same function is public nowhere; ``functorch.compile.aot_module`` lacks the symbols that this one
+    is given. Without it nothing can be captured, and regions run exactly with the ImportError as reason.
+    """
+    from torch._dynamo.backends.common import aot_autograd as backend
+
+    return backend(**options)
+
+
+class ForwardFacts(NamedTuple):
+    """What AOTAutograd found out about a forward graph while it traced.
+
+    ``trained`` are the outputs that require a gradient, ``num_cotangents`` how many cotangents the
+    backward graph takes, ``mutates`` whether an input or buffer is changed, ``aliases`` whether outputs
+    share memory with each other or with an input.
+    """
+
+    trained: tuple[int, ...]
+    num_cotangents: int
+    mutates: bool
+    aliases: bool
+
+
+def forward_facts() -> ForwardFacts | None:
+    """The facts about the graph that is being compiled, whose saved tensors are kept for ``retain_graph``.
+
+    AOTAutograd would let the backward pass overwrite saved tensors ("donated buffers"), which forbids it.
+    Where it does not tell (None), a region cannot run its graphs by itself and runs exactly.
+    """
+    context = torch._guards.TracingContext.try_get()
+    metadata: Any = getattr(context, "fw_metadata", None)
+    if metadata is None:
+        return None
+    donated = getattr(metadata, "bw_donated_idxs", None)
+    if donated:
+        donated.clear()
+    outputs = enumerate(metadata.output_info)
+    mutated = metadata.num_mutated_inp_runtime_indices or metadata.mutated_graph_handled_indices
+    return ForwardFacts(
+        tuple(i for i, o in outputs if o.requires_grad and issubclass(o.raw_type, Tensor)),
+        len(metadata.traced_tangents),
+        bool(mutated),
+        bool(metadata.num_outputs_aliased),
+    )
+
+
+def boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """A function of many arguments as one of a list of them, by the mark that AOTAutograd looks for.
+
+    Without the mark AOTAutograd passes the arguments one by one, with a warning.
+    """
+
+    def call(args: list[Any]) -> Any:
+        return function(*args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def default_partition(joint: Any, inputs: Any, **options: Any) -> Any:
+    """AOTAutograd's split of a joint graph that saves what the backward pass reads."""
+    from functorch.compile import default_partition as partition
+
+    return partition(joint, inputs, **options)
+
+
+def min_cut_partition(joint: Any, inputs: Any, **options: Any) -> Any:
+    """AOTAutograd's split that recomputes what is cheap."""
+    from functorch.compile import min_cut_rematerialization_partition as partition
+
+    return partition(joint, inputs, **options)
+
+
+# --- inductor ---------------------------------------------------------------------------------------
+
+
+def decompositions() -> dict[Any, Any]:
+    """Inductor's table of decompositions; without it, operators are compiled as they are."""
+    try:
+        from torch._inductor.decomposition import select_decomp_table
+    except ImportError:
+        return {}
+    return dict(select_decomp_table())
+
+
+def compile_inner(graph: Any, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """Compile one graph with inductor, as its own backend does after AOTAutograd.
+
+    ``torch._inductor.compile`` is public, but has no symbolic sizes. Without it the capture fails and the
+    region is captured again for plain execution.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    return compile_fx_inner(graph, inputs, **options)
