@@ -20,7 +20,7 @@ from backsketch.regions.context import current
 from backsketch.regions.program import Program
 from backsketch.regions.state import Runtime
 from backsketch.regions.structure import Coupled, outputs_of
-from backsketch.torch_private import ForwardFacts, without_autocast
+from backsketch.torch_private import ForwardFacts, without_autocast, without_history
 
 __all__ = ["Pair", "Wiring"]
 
@@ -119,7 +119,7 @@ class _Region(Function):
         ctx.sizes = [values[i] for i in wiring.sizes]
         saved = [values[i] for i in wiring.saved]
         # A view keeps its base's history alive; what is saved needs none.
-        ctx.save_for_backward(*[t.detach() if t._is_view() else t for t in saved])
+        ctx.save_for_backward(*[without_history(t) for t in saved])
         outputs = tuple(values[: wiring.num_outputs])
         plain = [y for i, y in enumerate(outputs) if i not in wiring.tangents]
         if plain:
@@ -129,7 +129,7 @@ class _Region(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         return None, *without_double_backward(
-            _vjp, ctx.pair, ctx.state, ctx.sizes, *ctx.saved_tensors, *cotangents
+            _vjp, ctx.pair, ctx.region, ctx.sizes, *ctx.saved_tensors, *cotangents
         )
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from backsketch.torch_private import pytree
+
 __all__ = ["Call", "Calls", "backward", "fresh", "replay", "tensors_of", "watching"]
 
 

@@ -15,7 +15,7 @@ def from_right(node: fx.Node, layout: Layout) -> int:
     return ndim(node) - layout.dim
 
 
-def aligned(proof: Proof, node: fx.Node, inputs: Sequence[fx.Node], ndim: int) -> Layout | None:
+def aligned(proof: Proof, node: fx.Node, inputs: Sequence[fx.Node], num_dims: int) -> Layout | None:
     """The common layout of broadcast inputs; every input with that dimension must have rows there."""
     found = {(from_right(n, at), at.axes) for n in inputs if (at := proof.layout(n))}
     if not found:
@@ -28,7 +28,7 @@ def aligned(proof: Proof, node: fx.Node, inputs: Sequence[fx.Node], ndim: int) -
             start = ndim(n) - right
             if any(size != 1 for size in shape_of(n)[start : start + axes]):
                 raise Coupled(f"{describe(node)} combines rows with a tensor indexed by row number")
-    return Layout(ndim - right, axes)
+    return Layout(num_dims - right, axes)
 
 
 @rule("native_dropout", "bernoulli", "rand_like", "randn_like", "where", "lerp", "clamp")

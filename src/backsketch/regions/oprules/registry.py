@@ -15,6 +15,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Decorator: the rule of the operators with these names."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         return function
@@ -23,14 +25,17 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def arg(node: fx.Node, i: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by name."""
     return node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
 
 
 def ndim(node: Any) -> int:
+    """The number of dimensions of a node's value."""
     return len(shape_of(node))
 
 
 def source(proof: Proof, node: fx.Node) -> tuple[fx.Node, Layout | None]:
+    """The first argument, and where its rows are."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return source, proof.layout(source)
@@ -44,27 +49,32 @@ def refuse_row_count(proof: Proof, node: fx.Node) -> None:
             raise Coupled(f"{describe(node)} uses the number of rows as a value")
 
 
-def dims_of(node: fx.Node, i: int, ndim: int, name: str = "dim") -> list[int]:
+def dims_of(node: fx.Node, i: int, num_dims: int, name: str = "dim") -> list[int]:
+    """The dimensions that an operator acts on; all of them where it names none."""
     dims = arg(node, i, name)
     if dims is None or dims == []:
-        return list(range(ndim))
-    return [int(d) % ndim for d in ([dims] if isinstance(dims, int) else dims)]
+        return list(range(num_dims))
+    return [int(d) % num_dims for d in ([dims] if isinstance(dims, int) else dims)]
 
 
 def overlaps(at: Layout, dims: Sequence[int]) -> bool:
+    """Whether rows run along one of the dimensions."""
     return any(at.dim <= d < at.dim + at.axes for d in dims)
 
 
 def refuse_along(node: fx.Node, at: Layout | None, dims: Sequence[int]) -> None:
+    """Refuse an operator that acts along the dimensions of the rows."""
     if at is not None and overlaps(at, dims):
         raise Coupled(f"{describe(node)} acts along the rows")
 
 
 def refuse_as_parameters(proof: Proof, node: fx.Node, inputs: Sequence[Any]) -> None:
+    """Refuse rows where an operator expects what all rows share."""
     if any(proof.layout(n) for n in inputs):
         raise Coupled(f"{describe(node)} uses rows as parameters")
 
 
 def first_rows(proof: Proof, value: Any) -> Layout | None:
+    """Rows along the first dimension, if its size says so."""
     rowed = isinstance(value, Tensor) and value.dim() > 0 and proof.rows.mentions(value.shape[0])
     return Layout(0) if rowed else None

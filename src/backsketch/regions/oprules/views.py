@@ -52,17 +52,17 @@ def _permute(proof: Proof, node: fx.Node) -> Label:
     return Layout(dims[0], at.axes)
 
 
-def _permutation(node: fx.Node, ndim: int) -> list[int]:
+def _permutation(node: fx.Node, num_dims: int) -> list[int]:
     name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
     if name == "permute":
         dims: Any = node.args[1]
-        return [int(d) % ndim for d in dims]
-    order = list(range(ndim))
+        return [int(d) % num_dims for d in dims]
+    order = list(range(num_dims))
     if name == "t":
         return order[::-1]
     if name not in ("transpose", "swapaxes"):
         raise Coupled(f"{describe(node)} is not known to keep rows apart")
-    a, b = (int(d) % ndim for d in node.args[1:3])  # type: ignore[arg-type]
+    a, b = (int(d) % num_dims for d in node.args[1:3])  # type: ignore[arg-type]
     order[a], order[b] = order[b], order[a]
     return order
 
