@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import backsketch as bs
-from backsketch.regions import Mask, Region, attach, refusal, runner, state_of
+from backsketch.regions import Mask, Region, attach, capture, refusal, runner, state_of
 from backsketch.regions.state import RegionState, runtime_of
 from region_models import (
     CNN,
@@ -382,6 +382,69 @@ def test_a_scalar_argument_runs_exactly() -> None:
     state = run(Lambda(lambda x, w: x * w), torch.tensor(2.0))
     assert state.status == "exact"
     assert "dimensions of rows" in str(state.reason)
+
+
+def test_a_saved_value_may_be_called_index() -> None:
+    """The captured graph names values after operators; names of our own must not be among them."""
+
+    class Pick(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, x: Tensor, i: Tensor) -> Tensor:
+            return self.linear(x) * self.table[i]
+
+    model = Pick()
+    state = attach(model, Region(0.5))
+    model(torch.randn(8, 4), torch.randint(9, (8,))).square().sum().backward()
+    bs.testing.check_unbiased(model, torch.randn(8, 4), torch.randint(9, (8,)), draws=300)
+    assert state is not None
+    assert state.status == "active", state.reason
+
+
+@pytest.mark.parametrize("kind", [AssertionError, RuntimeError, KeyError])
+def test_any_exception_of_the_compiler_ends_in_exact_execution(kind, monkeypatch) -> None:
+    class Own(nn.Sequential):
+        """No other test has captured it."""
+
+    model, x = Own(nn.Linear(4, 4), nn.Tanh()), torch.randn(6, 4)
+    state = attach(model, Region(0.5))
+
+    def fail(*args: object) -> object:
+        raise kind("a counter is past its limit")
+
+    runtime_of(model).runner = made = runner.runner_for(model, Own.forward, Region(0.5), "plain")
+    monkeypatch.setattr(made, "call", fail)
+    y = model(x)
+    assert torch.equal(y, Own.forward(model, x))
+    assert state is not None
+    assert state.status == "exact"
+    assert f"{kind.__name__}: " in str(state.reason)
+    assert "past its limit" in str(state.reason)
+
+
+def test_the_reason_keeps_what_a_backend_raised(monkeypatch) -> None:
+    class Own(nn.Sequential):
+        """No other test has captured it."""
+
+    def fail(*args: object, **options: object) -> object:
+        raise ArithmeticError("no such graph")
+
+    monkeypatch.setattr(capture, "aot_autograd", fail)
+    state = run(Own(nn.Linear(4, 4), nn.Tanh()), torch.randn(6, 4))
+    assert state.reason == "it cannot be captured: ArithmeticError: no such graph"
+
+
+def test_an_error_of_the_users_own_is_raised_and_forgotten() -> None:
+    model = mlp(4, 4)
+    state = attach(model, Region(0.5))
+    with pytest.raises(RuntimeError, match="shape"):
+        model(torch.randn(6, 5))
+    for _ in range(2):
+        model(torch.randn(6, 4)).square().sum().backward()
+    assert state is not None
+    assert state.status == "active", state.reason
 
 
 # --- seen by the numbers ----------------------------------------------------------------------------

@@ -26,9 +26,9 @@ __all__ = [
     "autocast_is_on",
     "batch_norm_with_statistics",
     "boxed",
-    "capture_errors",
     "compile_inner",
     "compiled_entries",
+    "compiler_error",
     "decompositions",
     "default_partition",
     "forward_facts",
@@ -156,8 +156,8 @@ def recompile_limit_error() -> type[Exception]:
     return getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException)
 
 
-def capture_errors() -> type[Exception]:
-    """The base class of what Dynamo raises about code that it cannot capture."""
+def compiler_error() -> type[Exception]:
+    """The base class of what Dynamo raises about code that it cannot capture: messages for users."""
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException

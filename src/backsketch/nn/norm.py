@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from backsketch import ops
 from backsketch.estimators import Estimator
 from backsketch.nn.registry import Adapter, register
 from backsketch.nn.swap import Swapped
+from backsketch.torch_private import BatchNormBase
 
 __all__ = ["SketchedBatchNorm", "SketchedGroupNorm", "SketchedLayerNorm", "SketchedRMSNorm"]
 
@@ -46,7 +46,7 @@ class SketchedGroupNorm(Swapped, nn.GroupNorm):
         )
 
 
-class SketchedBatchNorm(Swapped, _BatchNorm):
+class SketchedBatchNorm(Swapped, BatchNormBase):
     """A batch norm that keeps its input in a few bits while it trains."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from backsketch.regions.context import Call, run_as
 from backsketch.regions.runner import Runner, runner_for
 from backsketch.regions.state import Runtime, runtime_of
 from backsketch.torch_private import (
-    capture_errors,
+    compiler_error,
     hooks_are_guarded,
     mark_dynamic,
     pytree,
@@ -86,12 +86,17 @@ def _new(
             region.refuse("it is recompiled on almost every call")
             return forward(module, *args, **kwargs)
         return _new(module, forward, region, args, kwargs, compiler)
-    except capture_errors() as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever the compiler raises: most of it is not an error of Dynamo's
         if compiler != "plain":  # no C++ compiler, say
             region.runner = None
             return _new(module, forward, region, args, kwargs, "plain")
+        outputs = forward(module, *args, **kwargs)  # the module's own errors are raised here
         region.refuse(f"it cannot be captured: {_cause(error)}")
-        return forward(module, *args, **kwargs)
+        return outputs
 
 
 def _runs_as_is(region: Runtime, lead: tuple[int, ...]) -> bool:
@@ -151,7 +156,9 @@ def _cause(error: Exception) -> str:
     """What was raised, in one line; Dynamo wraps what a backend raises."""
     inner = getattr(error, "inner_exception", None) or error
     line = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
-    return line if inner is error and line else f"{type(inner).__name__}: {line}".rstrip(": ")
+    if isinstance(error, compiler_error()) and inner is error and line:
+        return line
+    return f"{type(inner).__name__}: {line}".rstrip(": ")
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -62,7 +62,8 @@ def _gathering(module: fx.GraphModule, rows: Rows) -> fx.Graph:
     """A copy of a backward graph with gathers at its inputs and scatters at its outputs."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    index, lead = graph.placeholder("index"), graph.placeholder("lead")
+    # The names of the graph's own placeholders are those of operators: "index" is one.
+    index, lead = graph.placeholder("backsketch_index"), graph.placeholder("backsketch_lead")
     placeholders = module.graph.find_nodes(op="placeholder")
     pending = {
         p: (at, plain)

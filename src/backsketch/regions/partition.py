@@ -11,6 +11,7 @@ saves whatever the backward nodes still read from the forward nodes:
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +79,7 @@ class _Repeat:
 
 
 def _replayed_dropout(repeat: _Repeat, node: fx.Node) -> fx.Node | None:
-    """The output of a dropout, from its input and its saved mask: ``x * mask / (1 - p)``."""
+    """The output of a dropout, from its input and its saved mask, bit for bit."""
     source = node.args[0] if node.target is operator.getitem else None
     if not isinstance(source, fx.Node) or _name(source) != "native_dropout" or node.args[1] != 0:
         return None
@@ -86,8 +87,60 @@ def _replayed_dropout(repeat: _Repeat, node: fx.Node) -> fx.Node | None:
     masks = [u for u in source.users if u.args[1] == 1]
     if not masks:
         return None
-    args = (repeat._read(x), masks[0], 0.0 if p == 1 else 1 / (1 - p))  # type: ignore[arg-type,operator]
-    new = repeat.graph.call_function(aten.native_dropout_backward.default, args)
+    return _dropped(repeat.graph, node, repeat._read(x), masks[0], p)  # type: ignore[arg-type]
+
+
+def _dropped(graph: fx.Graph, node: fx.Node, x: fx.Node, mask: fx.Node, p: Any) -> fx.Node:
+    """``x * mask / (1 - p)`` in the place of ``node``, with the roundings of eager PyTorch.
+
+    On a CPU that multiplies by ``mask / (1 - p)`` in the type of ``x``; the operator for the gradient has
+    the quotient in float32, which in bfloat16 gave other values wherever it has more than eight bits.
+    """
+    value = node.meta["val"]
+    if value.device.type != "cpu":
+        args = (x, mask, 0.0 if p == 1 else 1 / (1 - p))
+        return _like(graph, node, aten.native_dropout_backward.default, args)
+    scale = 0.0 if p == 1 else _eager_quotient(1 - p, value.dtype)
+    kept = _like(graph, node, aten.mul.Tensor, (x, mask))
+    return _like(graph, node, aten.mul.Tensor, (kept, scale))
+
+
+def _eager_quotient(q: float, dtype: torch.dtype) -> float:
+    """``1 / q`` as PyTorch computes it for a tensor of ``dtype`` and a number: in float32 at least.
+
+    In plain numbers, because tensors made during a capture have no values.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return _rounded(_rounded(1 / _rounded(q, wide), wide), dtype)
+
+
+def _rounded(x: float, dtype: torch.dtype) -> float:
+    """``x`` with the mantissa of a floating-point type, to nearest even."""
+    fraction, exponent = math.frexp(x)
+    bits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)
+
+
+def _as_eager_dropout(graph: fx.Graph) -> None:
+    """Give the gradients of dropouts the roundings of eager PyTorch."""
+    backward = aten.native_dropout_backward.default
+    for node in graph.find_nodes(op="call_function", target=backward):
+        cotangent, mask, _ = node.args
+        dropout = mask.args[0] if mask.target is operator.getitem else None
+        if not isinstance(dropout, fx.Node) or _name(dropout) != "native_dropout":
+            continue
+        with graph.inserting_before(node):
+            new = _dropped(graph, node, cotangent, mask, dropout.args[1])
+        if new.target is backward:  # not on a CPU
+            graph.erase_node(new)
+            continue
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _like(graph: fx.Graph, node: fx.Node, operation: Any, args: tuple[Any, ...]) -> fx.Node:
+    """A new backward node whose value looks like that of ``node``."""
+    new = graph.call_function(operation, args)
     new.meta = {"val": node.meta["val"], "partitioner_tag": "is_backward"}
     if "tensor_meta" in node.meta:
         new.meta["tensor_meta"] = node.meta["tensor_meta"]
@@ -142,6 +195,7 @@ def partition(mode: str, inner: Partition | None = None) -> Partition:
 
     def split(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         graph = joint.graph
+        _as_eager_dropout(graph)
         if mode == "recompute":
             _mark_dropout_masks(graph)
             _Repeat(graph, _is_deterministic).run()
