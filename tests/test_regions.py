@@ -170,7 +170,7 @@ def test_recomputed_values_are_those_of_the_forward_pass(p: float, dtype: torch.
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y = model(x)
-        return gradients(model, y.float().square().sum())
+        return named_gradients(model, y.float().square().sum())
 
     expected = found()
     make_region(model, {"": Region(0.5, mode="recompute")})
