@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait for work by spinning slow each other down where cores are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all fuzz docs lint types check clean
+.PHONY: demo test test-all docs lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: $(STAMP)  ## everything that the README promises, in under six minutes on 
 test-all: $(STAMP)  ## with the slow statistical tests
 	$(BIN)/python -m pytest -n 2
 
+docs: $(STAMP)  ## the site, in site/; warnings are errors
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +38,4 @@ types: $(STAMP)
 check: lint types test-all
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist site src/*.egg-info
