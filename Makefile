@@ -31,6 +31,7 @@ docs: $(STAMP)  ## the site, in site/; warnings are errors
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP)
 	$(BIN)/mypy

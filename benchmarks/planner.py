@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch.models import build
-from backsketch.planning import Bill, Plan, Profile
+from backsketch.planning import CostEstimate, Plan, Profile
 from backsketch.planning.profiling.records import Option
 from backsketch.train import load_data
 from backsketch.train.config import TrainConfig, resolve
@@ -106,7 +106,7 @@ def step_seconds(model: nn.Module, batch: Batch, rounds: int = 9) -> float:
     return statistics.median(times)
 
 
-def numbers(bill: Bill) -> dict[str, float]:
+def numbers(bill: CostEstimate) -> dict[str, float]:
     return {
         "time_ratio": bill.time_ratio,
         "extra_variance": bill.extra_variance,
@@ -131,7 +131,7 @@ def study(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
     profile = bs.profile(model, batches[:PROFILED], loss_fn)
     cost = (time.process_time() - start) / step
     rows = []
-    exact = Bill(1.0, 0.0, profile.saved_bytes, 1.0)
+    exact = CostEstimate(1.0, 0.0, profile.saved_bytes, 1.0)
     candidates = [(name, plan, True) for name, plan in plans(profile)]
     candidates += [(name, Plan(texts, exact), False) for name, texts in HAND_MADE.items()]
     for name, plan, predicted in candidates:
@@ -152,14 +152,14 @@ def study(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
 
 def ideal(profile: Profile) -> Profile:
     """The same variances with the times that arithmetic promises: the backward pass of branches as their keep."""
-    share = profile.step_seconds * 2 / 3 / sum(s.row_dims is not None for s in profile.slots)
+    share = profile.step_seconds * 2 / 3 / sum(s.row_dims is not None for s in profile.sites)
 
     def promised(option: Option) -> Option:
         seconds = share if option.family == "save" else 0.0
         return replace(option, fixed_seconds=-seconds, live_seconds=seconds * option.keep)
 
-    slots = [replace(s, options=tuple(map(promised, s.options))) for s in profile.slots]
-    return replace(profile, slots=tuple(slots))
+    sites = [replace(s, options=tuple(map(promised, s.options))) for s in profile.sites]
+    return replace(profile, sites=tuple(sites))
 
 
 def line(row: dict[str, Any]) -> str:

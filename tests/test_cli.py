@@ -217,7 +217,7 @@ def test_a_profile_is_printed_with_its_plan_and_saved(tmp_path):
     assert "(model)" in done.output
     assert "the plan for time:" in done.output
     assert "time to a target" in done.output
-    assert [slot["name"] for slot in json.loads(out.read_text())["slots"]] == [""]
+    assert [site["name"] for site in json.loads(out.read_text())["sites"]] == [""]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

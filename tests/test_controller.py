@@ -16,12 +16,18 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch import sampling
+from backsketch.planning import Profile
 from backsketch.planning.control import calibration, controller
-from backsketch.planning.control.decision import Costs
+from backsketch.planning.control.costs import StepCosts
 from backsketch.planning.control.estimate import Estimate
-from backsketch.planning.control.sites import Spread, find_sites, spread
+from backsketch.planning.control.looks import Looks
+from backsketch.planning.control.schedule import Schedule
+from backsketch.planning.control.sites import movable_sites
+from backsketch.planning.measure.replay import Recorder
+from backsketch.planning.measure.rows import RowCurve, row_curve
 from backsketch.planning.plan.frontier import frontier
 from backsketch.planning.profiling.families import FINE_LADDER
+from backsketch.planning.profiling.records import Option, SiteProfile
 from backsketch.theory.noise import GradientSums
 from backsketch.theory.variance import minimal_sampling
 
@@ -85,17 +91,17 @@ def monte_carlo(model, batches, draws=3):
 # --- the parts --------------------------------------------------------------------------------------
 
 
-def test_the_spread_is_the_water_filling_variance_at_every_keep():
+def test_the_row_curve_is_the_water_filling_variance_at_every_keep():
     torch.manual_seed(0)
     for scores in (torch.rand(50), torch.randn(128).exp() ** 3, torch.ones(20)):
         padded = torch.cat([scores, torch.zeros(9)])  # rows that a mask dropped
-        found = spread(padded, FINE_LADDER)
+        found = row_curve(padded, FINE_LADDER)
         for keep, error in zip(FINE_LADDER, found.errors):
             k = sampling.num_kept(len(scores), keep)
             expected = float(minimal_sampling(scores, k)) if k < len(scores) else 0.0
             assert error == pytest.approx(expected, rel=1e-6, abs=1e-9 * found.energy)
-    both = spread(torch.stack([torch.arange(1.0, 9.0), torch.ones(8)]), (0.5,))
-    alone = [spread(s, (0.5,)).errors[0] for s in (torch.arange(1.0, 9.0), torch.ones(8))]
+    both = row_curve(torch.stack([torch.arange(1.0, 9.0), torch.ones(8)]), (0.5,))
+    alone = [row_curve(s, (0.5,)).errors[0] for s in (torch.arange(1.0, 9.0), torch.ones(8))]
     assert both.errors[0] == pytest.approx(sum(alone))
     assert both.count == 2
 
@@ -114,11 +120,56 @@ def test_the_spread_is_the_water_filling_variance_at_every_keep():
 def test_below_a_mask_a_site_costs_the_rows_that_it_keeps(sketch, share):
     model = mlp()
     bs.sketch_(model, {"": bs.Mask(keep=0.4), "2": sketch})
-    sites = find_sites(model)
-    costs = Costs((0.0, -0.6), (0.0, 0.6))
+    sites = movable_sites(model)
+    costs = StepCosts((0.0, -0.6), (0.0, 0.6))
     assert costs.step(sites, (1, 0.5)) == pytest.approx(0.4 + 0.6 * 0.5)
     assert costs.step(sites, (0.4, 0.5)) == pytest.approx(0.4 + 0.6 * share)
     assert costs.step(sites, (0.4, 1)) == 1
+
+
+def timed_layers() -> Profile:
+    """Two layers, of which only rows of the weight gradient were timed: they save 0.06 of a step at keep 0."""
+    options = tuple(
+        Option(
+            "weights",
+            k,
+            dict.fromkeys(("0", "2"), str(bs.Split(grad_weight=bs.Rows(k)))),
+            -0.06,
+            0.06 * k,
+            0.1,
+            0,
+        )
+        for k in (0.5, 0.3)
+    )
+    site = SiteProfile("body", "branch", None, ("0", "2"), options, backward_seconds=0.4)
+    return Profile((site,), (), 1.0, 1000, 1.0, 1.0, "cpu", "2")
+
+
+@pytest.mark.parametrize(
+    ("sketch", "cost"),
+    [
+        (bs.Split(grad_weight=bs.Rows(keep=0.5)), 1 - 0.03 * 0.5),  # as timed: half of it a layer
+        (bs.Rows(keep=0.5), 1 - 0.2 * 0.5),  # both products: half of the layer's backward pass
+        (bs.Columns(keep=0.5), 1 - 0.2 * 0.5),
+        (bs.StoredRows(keep=0.5), 1 - 0.1 * 0.5),  # one of two products
+        (bs.Split(grad_input=bs.Rows(keep=0.5)), 1 - 0.1 * 0.5),
+    ],
+    ids=str,
+)
+def test_a_site_is_costed_by_its_own_sketch(sketch, cost):
+    """Not as rows of the weight gradient, which is all that a profile times at a layer."""
+    model = mlp()
+    bs.sketch_(model, {"2": sketch})
+    sites = movable_sites(model)
+    costs = StepCosts.from_profile(timed_layers(), sites)
+    assert costs.step(sites, (0.5,)) == pytest.approx(cost)
+
+
+def test_a_site_that_the_profile_does_not_have_is_named():
+    model = mlp()
+    bs.sketch_(model, {"4": bs.Rows(keep=0.5)})
+    with pytest.raises(ValueError, match=r"no time of rows:keep=0\.5 at '4'"):
+        bs.Controller(model, profile=timed_layers())
 
 
 def test_the_frontier_is_the_best_that_each_variance_allows():
@@ -141,7 +192,7 @@ def test_early_replays_do_not_outweigh_late_ones_and_go():
     estimate = Estimate((1.0, 0.5), 2, expects_one=False)
 
     def replay(step, growth, spread_of):
-        found = {s: Spread((0.0, spread_of), 1.0) for s in range(2)}
+        found = {s: RowCurve((0.0, spread_of), 1.0) for s in range(2)}
         error = growth * 2 * spread_of  # the weight of a site that was never alone is one
         parts = calibration.Measured(1.0, 1.0, error, {}, found, {})
         estimate.update(parts, (0.5, 0.5), {}, 1, step)
@@ -159,13 +210,11 @@ def measured(data, seed):
     """What one calibration of a fresh model finds."""
     model = mlp()
     bs.sketch_(model, {"0": bs.Rows(keep=0.5)})
-    control = bs.Controller(model)
+    recorder = Recorder(model)
     loss_of(model, drawn(data, seed)[0]).backward()
-    recorder = control._recorder
     recorder.close()
-    return calibration.measure(
-        model, recorder, control._sites, (0.5,), {}, FINE_LADDER, seed, False
-    )
+    sites = movable_sites(model)
+    return calibration.measure(model, recorder, sites, (0.5,), {}, FINE_LADDER, seed, False)
 
 
 def check_halves(data):
@@ -185,15 +234,15 @@ def test_two_halves_of_a_batch_show_the_variance_over_batches(digits):
 
 
 def test_halves_that_are_off_by_a_factor_of_two_are_noticed(digits, monkeypatch):
-    distance = calibration._distance
-    monkeypatch.setattr(calibration, "_distance", lambda a, b: (2 - (b is None)) * distance(a, b))
+    distance = calibration.squared_distance
+    monkeypatch.setattr(calibration, "squared_distance", lambda a, b: 2 * distance(a, b))
     with pytest.raises(AssertionError):
         check_halves(digits)
 
 
 def test_ranks_that_cannot_measure_leave_the_sums_and_the_work_as_they_are(monkeypatch):
     work = {"0": calibration.Work(10.0, 1), "2": calibration.Work(30.0, 2)}
-    spreads = {0: Spread((0.0, 0.5), 2.0), 2: Spread((0.0, 0.25), 1.0, 3)}
+    spreads = {0: RowCurve((0.0, 0.5), 2.0), 2: RowCurve((0.0, 0.25), 1.0, 3)}
     found = calibration.Measured(1.0, 2.0, 0.5, {0: 4.0, 2: 0.0}, spreads, work)
     double = calibration.Measured(
         2.0, 4.0, 1.0, {0: 8.0, 2: 0.0}, {i: s + s for i, s in spreads.items()}, work
@@ -338,17 +387,16 @@ def test_warm_up_and_finish_are_exact(digits):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_resumed_run_takes_the_time_of_a_step_from_its_own_steps(digits, monkeypatch):
-    """A measurement of 10 s after nine steps of 20 s in all: the next one in 450 steps, at 1 % of the time."""
-    model = mlp()
-    bs.sketch_(model, bs.Region(keep=0.5))
-    state = bs.Controller(model, 0.1).state_dict()
-    resumed = bs.Controller(model, 0.1)
-    resumed.load_state_dict({**state, "steps": 10_000, "due": 10_009, "gap": 1000})
-    clock = itertools.count(0.0, 10.0)
-    monkeypatch.setattr(controller.time, "perf_counter", lambda: next(clock))
-    train(model, digits, 9, resumed)
-    assert resumed._gap == 450
+def test_a_resumed_run_takes_the_time_of_a_step_from_its_own_steps():
+    """A replay of 10 s after nine steps of 20 s in all: the next one in 450 steps, at 1 % of the time."""
+    schedule = Schedule(clock=lambda: 0.0)
+    schedule.load_state_dict({"steps": 10_000, "due": 10_009, "gap": 1000, "look": 10_020})
+    for _ in range(9):
+        assert schedule.replays_next == (schedule.steps == 10_008)
+        schedule.step()
+    schedule.replayed(10.0, schedule.seconds_per_step(20.0))
+    assert schedule.gap == 450
+    assert schedule.due == 10_459
 
 
 @pytest.mark.parametrize(
@@ -359,7 +407,7 @@ def test_a_resumed_run_takes_the_time_of_a_step_from_its_own_steps(digits, monke
 def test_a_run_that_was_interrupted_between_two_looks_goes_on_as_if_it_was_not(
     digits, rules, monkeypatch
 ):
-    monkeypatch.setattr(controller, "_TRACED", 3 * SIZE)  # three vectors of scores
+    monkeypatch.setattr(Looks.__init__, "__defaults__", (3 * SIZE,))  # three vectors of scores
 
     def made():
         bs.seed(0)

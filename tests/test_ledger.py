@@ -67,7 +67,7 @@ RULES = {
 @pytest.mark.fast_cases("residual")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("rules", RULES)
-def test_the_column_in_company_adds_up_to_the_total(network, rules):
+def test_the_joint_column_adds_up_to_the_total(network, rules):
     model = NETWORKS[network]()
     bs.sketch_(model, RULES[rules])
     data = batches()
@@ -93,21 +93,21 @@ def test_fresh_draws_in_place_of_shared_ones_break_it(network, monkeypatch):
     assert ledger.cross < -4 * ledger.cross_error
 
 
-def test_where_sites_compound_alone_sums_to_less_and_where_rows_nest_to_more():
+def test_where_sites_compound_isolated_sums_to_less_and_where_rows_nest_to_more():
     model = plain()
     bs.sketch_(model, bs.Elements(keep=0.5))
     ledger = bs.variance(model, batches(), loss_fn, draws=30)
-    assert ledger.sum_alone < 0.8 * ledger.sum_company
+    assert ledger.sum_isolated < 0.8 * ledger.sum_joint
     assert ledger.sites[-1].compounding > 1.5
     assert [site.growth for site in ledger.sites] == sorted(site.growth for site in ledger.sites)
     # Rows that the first site drops are zero, and never drawn below: nested sampling, one site's noise.
     bs.sketch_(model, bs.Rows(keep=0.5))
     nested = bs.variance(model, batches(), loss_fn, draws=30)
-    assert nested.sum_alone > 1.5 * nested.sum_company
+    assert nested.sum_isolated > 1.5 * nested.sum_joint
     # grad_weight alone leaves every cotangent exact.
     bs.sketch_(model, bs.Split(grad_weight=bs.Rows(keep=0.5)))
     split = bs.variance(model, batches(), loss_fn, draws=10)
-    assert split.sum_alone == pytest.approx(split.sum_company, rel=1e-6)
+    assert split.sum_isolated == pytest.approx(split.sum_joint, rel=1e-6)
     assert [site.growth for site in split.sites] == pytest.approx([1.0] * 4)
 
 
@@ -131,10 +131,10 @@ def test_the_closed_forms_beside_the_measurement(sketch):
     ledger = bs.variance(model, batches(), loss_fn, draws=50)
     tiny = 1e-6 * ledger.total
     for site in ledger.sites:
-        alone, company = 5 * site.alone_error + tiny, 5 * site.company_error + tiny
-        assert site.injected_weight == pytest.approx(site.predicted_weight, abs=alone)
+        isolated, joint = 5 * site.isolated_error + tiny, 5 * site.joint_error + tiny
+        assert site.injected_weight == pytest.approx(site.predicted_weight, abs=isolated)
         assert site.injected == pytest.approx(site.predicted, rel=0.25, abs=1e-6 * site.energy)
-        assert site.company == pytest.approx(site.predicted_company, abs=company)
+        assert site.joint == pytest.approx(site.predicted_joint, abs=joint)
     assert ledger.predicted_multiplier == pytest.approx(ledger.multiplier, rel=0.1)
 
 
@@ -197,7 +197,7 @@ def test_regions_and_masks_are_sites_and_prove_themselves_first():
     ledger = bs.variance(model, batches(), loss_fn, draws=40)
     assert [site.name for site in ledger.sites] == ["", "2", "1"]
     assert not ledger.left_out
-    assert all(site.alone > 0 for site in ledger.sites)
+    assert all(site.isolated > 0 for site in ledger.sites)
     assert abs(ledger.cross) <= 4 * ledger.cross_error + 1e-6 * ledger.total
     for site in ledger.sites:
         assert site.injected == pytest.approx(site.predicted, rel=0.2)
@@ -269,7 +269,7 @@ def test_a_ledger_survives_json_and_prints_and_plots(tmp_path):
     again = bs.Ledger.load(tmp_path / "ledger.json")
     assert again.to_dict() == ledger.to_dict()
     assert str(again) == str(ledger)
-    for said in ("in company", "predicted", "noise scale", "columns:keep=0.5", "2.0"):
+    for said in ("joint", "predicted", "noise scale", "columns:keep=0.5", "2.0"):
         assert said in str(ledger)
     pytest.importorskip("matplotlib")
     figure = ledger.plot()
@@ -292,7 +292,7 @@ def test_keyed_draws_do_not_depend_on_which_other_sites_are_active():
     bs.sketch_(model, bs.Elements(keep=0.5))
     with passes(copy.deepcopy(model), loss_fn) as run:
         batch = batches()[0]
-        top = max(p.index for p in run.places)
+        top = max(p.index for p in run.sites)
         names = list(run.parameters)
         one = run.gradient(batch, 0, [top])
         both = run.gradient(batch, 0, [top, 0])

@@ -490,21 +490,23 @@ def only_saves(monkeypatch, family):
 
     def profile(*arguments, **options):
         found = measured(*arguments, **options)
-        slots = tuple(
+        sites = tuple(
             replace(
-                slot,
+                site,
+                backward_seconds=None,
                 options=tuple(
                     replace(
                         o,
                         fixed_seconds=found.step_seconds * (-0.5 if o.family == family else 0.5),
                         live_seconds=0.0,
+                        error_seconds=0.0,
                     )
-                    for o in slot.options
+                    for o in site.options
                 ),
             )
-            for slot in found.slots
+            for site in found.sites
         )
-        return replace(found, slots=slots)
+        return replace(found, sites=sites, forward_seconds=0.0)
 
     monkeypatch.setattr(bs, "profile", profile)
 

@@ -15,7 +15,6 @@ EXTRA = (
     "numpy",
     "PIL",
     "rich",
-    "scipy",
     "sklearn",
     "typer",
 )

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,20 @@ class Sketch:
         which an autograd Function cannot hold. It never does so with text.
         """
         return float(self._keep_text)
+
+    def chooses(self) -> Literal["rows", "columns", "stored rows"] | None:
+        """What it draws by scores: rows or columns of the cotangent, rows of the input; None for nothing."""
+        return None
+
+    def movable_keep(self) -> float | None:
+        """The keep that a plan or a controller may move; None where there is none."""
+        return getattr(self, "keep", None)
+
+    def with_keep(self, keep: float) -> Any:
+        """The same sketch with another keep, in all its parts that have one."""
+        if self.movable_keep() in (None, keep):
+            return self
+        return dataclasses.replace(self, keep=keep)  # type: ignore[type-var]
 
     def __str__(self) -> str:
         return spec(self)
@@ -142,6 +156,9 @@ class Estimator(Sketch):
 
     saves_memory: ClassVar[bool] = False
     """Whether this estimator is a memory saver, which keeps less of the input than the exact layer does."""
+
+    needs_pairs: ClassVar[bool] = False
+    """Whether the closed form of its variance takes products of all pairs of rows."""
 
     needs_rows: ClassVar[bool] = True
     """Whether this estimator looks at single rows or columns. If it does not, a convolution is computed as

@@ -6,7 +6,7 @@ linear layers, convolutions and attention projections alike.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,16 @@ class Bilinear:
     Rows (dimension 0 of ``G`` and ``X``) never interact. Columns are the output channels (dimension 1
     of ``G``, dimension 0 of ``W``) or, where ``groups > 1``, whole groups of channels, because a
     selection of groups is a grouped layer again.
+
+    ``gram_rows`` and ``pair_rows`` are the most rows for which :meth:`row_gram` and :meth:`pair_energy` take
+    less time than the passes whose variance they explain.
     """
 
     groups: int = 1
     is_matrix: bool = False
     """Whether the rows are those of one matrix, as of a linear layer."""
+    gram_rows: ClassVar[int] = 256
+    pair_rows: ClassVar[int] = 0
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The exact layer, by the very call that the unconverted module makes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -95,6 +96,9 @@ class Columns(Estimator):
         if op.groups > 1:
             cotangent = cotangent.unflatten(1, (op.groups, -1))
         return simple_scores(cotangent, 1, self.scores)
+
+    def chooses(self) -> Literal["columns"] | None:
+        return None if self.scores == "uniform" else "columns"
 
     def work(self) -> tuple[float, float]:
         return self.keep, self.keep

@@ -48,6 +48,7 @@ class Projection(Estimator):
 
     needs_forward_seed: ClassVar[bool] = True
     saves_memory: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -106,6 +107,9 @@ class Rows(Estimator):
         if self.scores == "optimal":
             return norms(cotangent) * norms(x)
         return simple_scores(cotangent, 0, self.scores)
+
+    def chooses(self) -> Literal["rows"] | None:
+        return None if self.scores == "uniform" else "rows"
 
     def work(self) -> tuple[float, float]:
         return self.keep, self.keep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -57,6 +58,17 @@ class Split(Estimator):
     @property
     def _weight(self) -> Estimator:
         return Exact() if self.grad_weight is None else self.grad_weight
+
+    def movable_keep(self) -> float | None:
+        keeps = [part.movable_keep() for part in (self._input, self._weight)]
+        return next((keep for keep in keeps if keep is not None), None)
+
+    def with_keep(self, keep: float) -> Split:
+        parts = (self.grad_input, self.grad_weight)
+        return Split(*(part and part.with_keep(keep) for part in parts))
+
+    def chooses(self) -> Literal["rows", "columns", "stored rows"] | None:
+        return self._weight.chooses() or self._input.chooses()
 
     def is_exact(self) -> bool:
         return self._input.is_exact() and self._weight.is_exact()

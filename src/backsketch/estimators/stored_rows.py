@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -76,6 +76,9 @@ class StoredRows(Estimator):
         rows, indices = stored
         estimate = op.weight_vjp(cotangent.index_select(0, indices), rows)
         return estimate + nonfinite(cotangent).to(estimate.dtype)
+
+    def chooses(self) -> Literal["stored rows"] | None:
+        return None if self.scores == "uniform" else "stored rows"
 
     def work(self) -> tuple[float, float]:
         return 1.0, self.keep

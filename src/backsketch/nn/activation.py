@@ -162,10 +162,11 @@ def _register(
     kinds: dict[type[nn.Module], type[SketchedActivation]],
     share: Callable[[nn.Module, Estimator], float | None],
     note: str,
+    is_exact: bool = False,
 ) -> None:
     for kind, mixin in kinds.items():
-        register(Adapter(kind, mixin, keeps=share, note=note))
+        register(Adapter(kind, mixin, keeps=share, note=note, is_exact=is_exact))
 
 
-_register(dict(_EXACT_BITS), _bit, "keeps one bit an entry: exact")
+_register(dict(_EXACT_BITS), _bit, "keeps one bit an entry: exact", is_exact=True)
 _register(_ROUNDED, _rounded, "keeps its derivative, rounded")

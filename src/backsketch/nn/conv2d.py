@@ -39,4 +39,25 @@ def _weights(module: nn.Module) -> list[tuple[Bilinear, Tensor]]:
     return [(op, m.weight)]
 
 
-register(Adapter(nn.Conv2d, SketchedConv2d, _weights, ("forward", "_conv_forward")))
+def _product(module: nn.Module, x: Tensor) -> Bilinear | None:
+    assert isinstance(module, nn.Conv2d)
+    if x.ndim != 4 or isinstance(module.padding, str) or module.padding_mode != "zeros":
+        return None
+    sizes = module.kernel_size, module.stride, module.padding, module.dilation
+    return bilinear_conv2d(*sizes, module.groups, (x.shape[2], x.shape[3]))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 4 else tensor[None]
+
+
+register(
+    Adapter(
+        nn.Conv2d,
+        SketchedConv2d,
+        _weights,
+        ("forward", "_conv_forward"),
+        rows=_rows,
+        product=_product,
+    )
+)

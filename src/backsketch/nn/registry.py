@@ -22,7 +22,10 @@ class Adapter:
     ``weights`` lists the layer's sketched products as (bilinear op, weight): an estimator that refuses
     one of them refuses the layer. A kind without products (an activation, a norm) has ``keeps`` instead:
     what a memory saver keeps of its input, as a fraction of float32, or None where it cannot act; no
-    other estimator has anything to do there. ``note`` is what the report says of it.
+    other estimator has anything to do there. ``note`` is what the report says of it. ``rows`` puts the rows of
+    its input or output (samples, tokens, positions) along dimension 0, ``product`` is the bilinear op of its one
+    product for an input, None where there is none or several, and ``is_exact`` says that a sketched layer of
+    this kind still has the exact gradient.
     """
 
     kind: type[nn.Module]
@@ -31,6 +34,9 @@ class Adapter:
     methods: tuple[str, ...] = ("forward",)
     keeps: Callable[[nn.Module, Estimator], float | None] | None = None
     note: str = ""
+    rows: Callable[[Tensor], Tensor] = lambda tensor: tensor.reshape(-1, tensor.shape[-1])
+    product: Callable[[nn.Module, Tensor], Bilinear | None] = lambda module, x: None
+    is_exact: bool = False
 
     @property
     def for_savers(self) -> bool:

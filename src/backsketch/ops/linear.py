@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +20,8 @@ class Linear(Bilinear):
     """``Z = X Wᵀ + b`` with X ``(rows, in)``, W ``(out, in)``: the products are ``G W`` and ``Gᵀ X``."""
 
     is_matrix = True
+    gram_rows: ClassVar[int] = 4096
+    pair_rows: ClassVar[int] = 4096
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -2,10 +2,11 @@
 
 from backsketch.planning.control.controller import Change as Change
 from backsketch.planning.control.controller import Controller as Controller
+from backsketch.planning.facade import Profile as Profile
+from backsketch.planning.facade import profile as profile
 from backsketch.planning.ledger.account import variance as variance
 from backsketch.planning.ledger.records import Ledger as Ledger
 from backsketch.planning.ledger.records import SiteError as SiteError
-from backsketch.planning.plan.plan import Bill as Bill
+from backsketch.planning.plan.candidates import auto_plan as auto_plan
+from backsketch.planning.plan.estimate import CostEstimate as CostEstimate
 from backsketch.planning.plan.plan import Plan as Plan
-from backsketch.planning.profiling.profiler import profile as profile
-from backsketch.planning.profiling.records import Profile as Profile

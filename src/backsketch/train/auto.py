@@ -10,8 +10,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 import backsketch as bs
-from backsketch.planning.control.sites import Site, find_sites
-from backsketch.planning.profiling.records import Option, SlotProfile
+from backsketch.planning import auto_plan
+from backsketch.planning.control.sites import MovableSite, movable_sites
 from backsketch.torch_private import load_compiler
 from backsketch.train import measure
 
@@ -21,8 +21,6 @@ AUTO = "auto"
 PROFILE_BATCHES = 2  # the controller measures the noise again, and goes on measuring it
 INTERVAL = 300  # steps between its replays; a number, so that a resumed run is the same run
 TARGET = 0.05
-_START = 0.5  # the keep that a place begins with
-_LEAST = 0.02  # of a step's time, to be saved at a place
 
 
 class Run(Protocol):
@@ -95,7 +93,7 @@ class Auto:
             exact = measure.backward_flops(core, batch, run.loss)
         steps = run.steps
         arithmetic = float(steps - self.steps_at.total())
-        sites, now = find_sites(core), self._keeps()
+        sites, now = movable_sites(core), self._keeps()
         for keeps, count in self.steps_at.items():
             _set(sites, keeps)
             arithmetic += count * measure.backward_flops(core, batch, run.loss) / exact
@@ -110,7 +108,8 @@ class Auto:
         profile = None
         try:
             profile = bs.profile(run.core, batches, run.loss, progress=False)
-            rules, reason = _structure(profile)
+            plan = auto_plan(profile)
+            rules, reason = dict(plan.texts), plan.reason or str(plan.predicted)
         except ValueError as error:  # nothing to sketch, say
             rules, reason = {}, str(error)
         # Times differ between processes: all take those of the first.
@@ -122,7 +121,7 @@ class Auto:
     def _apply(self, run: Run, profile: bs.Profile | None) -> None:
         assert self.rules is not None
         bs.sketch_(run.core, {pattern: bs.parse(text) for pattern, text in self.rules.items()})
-        if find_sites(run.core):  # rounding has no keep to move
+        if movable_sites(run.core):  # rounding has no keep to move
             self.controller = bs.Controller(
                 run.model, self.target, profile=profile, interval=INTERVAL
             )
@@ -163,29 +162,6 @@ class Auto:
             self.controller.load_state_dict(state["controller"])
 
 
-def _set(sites: Sequence[Site], keeps: Sequence[float]) -> None:
+def _set(sites: Sequence[MovableSite], keeps: Sequence[float]) -> None:
     for site, keep in zip(sites, keeps):  # none where nothing can be moved
         site.set_keep(keep)
-
-
-def _structure(profile: bs.Profile) -> tuple[dict[str, str], str]:
-    """The profile's plan; where that is exact, the sketches that save time, to be switched on later."""
-    plan = profile.plan()
-    if not plan.is_exact:
-        return dict(plan.texts), str(plan.predicted)
-    rules: dict[str, str] = {}
-    for slot in profile.slots:
-        found = _fastest(slot)
-        if found is not None and found.seconds() < -_LEAST * profile.step_seconds:
-            rules |= next(
-                o.rules for o in slot.options if (o.family, o.keep) == (found.family, _START)
-            )
-    if not rules:
-        return {}, f"no sketch saves time on this device; {plan.reason}"
-    return rules, f"at first {plan.reason}"
-
-
-def _fastest(slot: SlotProfile) -> Option | None:
-    # Recomputing saves bytes; where it seems to save more time than saving, that is noise.
-    keeps = [o for o in slot.options if o.keep < _START and o.family != "recompute"]
-    return min(keeps, key=lambda o: o.seconds(), default=None)

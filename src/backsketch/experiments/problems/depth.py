@@ -85,13 +85,13 @@ def run(options: Depth) -> dict[str, Any]:
 
 
 def _measured(run: Passes, model: nn.Module, batch: Any, options: Depth) -> dict[str, Any]:
-    everything = [place.index for place in run.places]
+    everything = [site.index for site in run.sites]
     bottom: list[Tensor] = []  # the cotangent that arrives at the input layer's output
     handle = model[0].register_forward_hook(  # type: ignore[index]
         lambda m, args, out: out.register_hook(lambda g: bottom.append(g)) and None
     )
     _, seen = run.observed(batch, 0)
-    order = [p for i in dict.fromkeys(run.order) for p in run.places if p.index == i]
+    order = [p for i in dict.fromkeys(run.order) for p in run.sites if p.index == i]
     exact = float(bottom.pop().double().square().sum())
     squares = []
     for draw in range(options.draws):
@@ -99,8 +99,8 @@ def _measured(run: Passes, model: nn.Module, batch: Any, options: Depth) -> dict
         squares.append(float(bottom.pop().double().square().sum()) / exact)
     handle.remove()
     omegas = []
-    for place in order:
-        caught, form = seen[place.index], predicted(place, seen[place.index]).travelling
+    for site in order:
+        caught, form = seen[site.index], predicted(site, seen[site.index]).travelling
         arrives = caught.cotangents if options.arm == "shared: one mask" else caught.grad_inputs
         energy = sum(float(g.double().square().sum()) for g in arrives)
         omegas.append((form or 0.0) / energy)

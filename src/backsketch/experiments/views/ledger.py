@@ -20,7 +20,7 @@ def page(sweep: Sweep) -> Page:
         rows.append(_row(name, ledger))
         figures[re.sub(r"[^\w.]+", "-", name).lower()] = ledger.plot()
     header = (
-        "model and sketch", "v, predicted", "v, measured", "β", "sum in company", "total", "sum alone",
+        "model and sketch", "v, predicted", "v, measured", "β", "sum joint", "total", "sum isolated",
     )  # fmt: skip
     title = "variances in units of the SGD variance, ± two standard errors"
     return Page(sweep.name, sweep.about, [TextTable(title, header, rows)], figures)
@@ -34,7 +34,7 @@ def _row(name: str, ledger: Ledger) -> tuple[str, ...]:
         "" if predicted is None else f"{predicted:.3f}",
         "" if v is None else f"{v:.3f}",
         "" if ledger.noise_scale is None else f"{ledger.noise_scale:.2g}",
-        f"{ledger.sum_company / sgd:.3f}",
+        f"{ledger.sum_joint / sgd:.3f}",
         f"{ledger.total / sgd:.3f} ± {2 * ledger.total_error / sgd:.3f}",
-        f"{ledger.sum_alone / sgd:.3f}",
+        f"{ledger.sum_isolated / sgd:.3f}",
     )

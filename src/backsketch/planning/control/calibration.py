@@ -21,6 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,11 @@ from torch import Tensor, nn
 from backsketch.nn.registry import adapter_of
 from backsketch.nn.swap import switched
 from backsketch.planning.control.ranks import summed
-from backsketch.planning.control.sites import Site, Spread, Watch, weight_layers
+from backsketch.planning.control.sites import MovableSite, Watch, weight_layers
+from backsketch.planning.measure.errors import squared_distance, squared_norm
+from backsketch.planning.measure.recorder import listen, tensors_of
 from backsketch.planning.measure.replay import Recorder, Replay, replaying
+from backsketch.planning.measure.rows import RowCurve
 from backsketch.regions import RegionModule, state_of
 
 __all__ = ["Measured", "Unmeasurable", "Work", "measure", "over_ranks"]
@@ -52,23 +57,23 @@ class Measured:
     """Sums over what was replayed; ratios of them are free of the scale of the loss.
 
     ``sgd`` and ``square`` are unbiased for the variance and the squared mean of a micro-batch gradient,
-    ``error`` is ``‖ĝ − g‖²`` with all sites active, ``alone`` with one.
+    ``error`` is ``‖ĝ − g‖²`` with all sites active, ``isolated`` with one.
     """
 
     sgd: float
     square: float
     error: float
-    alone: dict[int, float]
-    spreads: dict[int, Spread]
+    isolated: dict[int, float]
+    curves: dict[int, RowCurve]
     work: dict[str, Work]
 
 
 def measure(
     model: nn.Module,
     recorder: Recorder,
-    sites: Sequence[Site],
+    sites: Sequence[MovableSite],
     keeps: Sequence[float],
-    alone: Mapping[int, float],
+    isolated: Mapping[int, float],
     ladder: Sequence[float],
     name: int,
     with_work: bool,
@@ -81,8 +86,8 @@ def measure(
         recorder: closed, with a call.
         sites: all of them.
         keeps: of all sites together.
-        alone: sites to measure one by one, and the keep for that.
-        ladder: keeps for the spreads.
+        isolated: sites to measure one by one, and the keep for that.
+        ladder: keeps for the curves.
         name: of the draws.
         with_work: also count the arithmetic of the layers.
         draws: of all sites together; their mean error counts.
@@ -107,26 +112,26 @@ def measure(
             parts, factor = _halves(cotangents)
             first = replay.vjp(outputs, parts[0], retain=True)
             second = replay.vjp(outputs, parts[1])
-        sgd = _distance(first, second)
+        sgd = squared_distance(first, second)
         exact = [a.add_(b) for a, b in zip(first, second)]
         del first, second, outputs
-        square = factor * (_distance(exact, None) - sgd) / 4
+        square = factor * (squared_norm(exact) - sgd) / 4
         for site, keep in zip(sites, keeps):
             site.set_keep(keep)
         if any(isinstance(m, RegionModule) and state_of(m).status == "pending" for m in modules):
-            replay.vjp(*replay.forward())  # regions prove themselves
-        spreads, sketched = _watched(replay, sites, ladder)
-        errors = [_distance(sketched, exact)]
+            replay.vjp(*replay.forward())  # regions check their rows
+        curves, sketched = _watched(replay, sites, ladder)
+        errors = [squared_distance(sketched, exact)]
         del sketched
         others = [2 + len(sites) + i for i in range(draws - 1)]
-        errors += [_distance(replay.vjp(*replay.forward(n)), exact) for n in others]
+        errors += [squared_distance(replay.vjp(*replay.forward(n)), exact) for n in others]
         error = math.fsum(errors) / draws
         single = {}
-        for i, keep in alone.items():
+        for i, keep in isolated.items():
             sites[i].set_keep(keep)
             with switched(dict.fromkeys(modules[:i] + modules[i + 1 :], True)):
-                single[i] = _distance(replay.vjp(*replay.forward(2 + i)), exact)
-    return Measured(sgd, square, error, single, spreads, work)
+                single[i] = squared_distance(replay.vjp(*replay.forward(2 + i)), exact)
+    return Measured(sgd, square, error, single, curves, work)
 
 
 def _halves(cotangents: Sequence[Tensor]) -> tuple[tuple[list[Tensor], list[Tensor]], float]:
@@ -146,24 +151,17 @@ def _halves(cotangents: Sequence[Tensor]) -> tuple[tuple[list[Tensor], list[Tens
     return (first, second), n * n / (half * (n - half))
 
 
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor] | None) -> float:
-    """``‖a − b‖²``, or ``‖a‖²``."""
-    differences = a if b is None else [x - y for x, y in zip(a, b)]
-    norms = [torch.linalg.vector_norm(d, dtype=torch.float64) for d in differences]
-    return float(torch.stack(norms).square().sum()) if norms else 0.0
-
-
 def _watched(
-    replay: Replay, sites: Sequence[Site], ladder: Sequence[float]
-) -> tuple[dict[int, Spread], list[Tensor]]:
-    """A pass with all sites active, and the spread of what each received."""
+    replay: Replay, sites: Sequence[MovableSite], ladder: Sequence[float]
+) -> tuple[dict[int, RowCurve], list[Tensor]]:
+    """A pass with all sites active, and the row curve of what each received."""
     watches = [Watch(site) for site in sites]
     try:
         gradients = replay.vjp(*replay.forward(1))
     finally:
         for watch in watches:
             watch.close()
-    found = {i: watch.spread(ladder) for i, watch in enumerate(watches)}
+    found = {i: watch.curve(ladder) for i, watch in enumerate(watches)}
     return {i: s for i, s in found.items() if s is not None}, gradients
 
 
@@ -172,9 +170,8 @@ def _forward(
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Work]]:
     work: dict[str, Work] = {}
     handles = []
-    if with_work:
-        layers = weight_layers(model)
-        handles = [m.register_forward_hook(_counter(work, name)) for name, m in layers.items()]
+    for name, layer in (weight_layers(model) if with_work else {}).items():
+        handles += listen(layer, lambda args, kwargs: args, partial(_count, work, name, layer))
     try:
         outputs, cotangents = replay.forward()
     finally:
@@ -183,21 +180,18 @@ def _forward(
     return outputs, cotangents, work
 
 
-def _counter(work: dict[str, Work], name: str):  # type: ignore[no-untyped-def]
-    def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        out = output[0] if isinstance(output, tuple) else output
-        adapter = adapter_of(module)
-        if adapter is None or not isinstance(out, Tensor) or not out.requires_grad:
-            return
-        weights = [w for _, w in adapter.weights(module)]
-        size = sum(math.prod(w.shape) * out.numel() / w.shape[0] for w in weights)
-        inputs = [a for a in args if isinstance(a, Tensor)]
-        products = int(bool(inputs and inputs[0].requires_grad))
-        products += int(any(w.requires_grad for w in weights))
-        before = work.get(name, Work(0.0, products))
-        work[name] = Work(before.size + size, products)
-
-    return after
+def _count(
+    work: dict[str, Work], name: str, layer: nn.Module, args: Any, outputs: list[Tensor]
+) -> None:
+    adapter = adapter_of(layer)
+    if adapter is None or not outputs:
+        return
+    weights = [w for _, w in adapter.weights(layer)]
+    size = sum(math.prod(w.shape) * outputs[0].numel() / w.shape[0] for w in weights)
+    products = int(any(t.requires_grad for t in tensors_of(args)[:1]))
+    products += int(any(w.requires_grad for w in weights))
+    before = work.get(name, Work(0.0, products))
+    work[name] = Work(before.size + size, products)
 
 
 # --- of several processes ---------------------------------------------------------------------------
@@ -217,8 +211,8 @@ def over_ranks(
     if measured is not None:
         numbers = [1.0, measured.sgd, measured.square, measured.error]
         for i in range(sites):
-            found = measured.spreads.get(i, Spread((0.0,) * keeps, 0.0, 0))
-            numbers += [float(i in measured.alone), measured.alone.get(i, 0.0)]
+            found = measured.curves.get(i, RowCurve((0.0,) * keeps, 0.0, 0))
+            numbers += [float(i in measured.isolated), measured.isolated.get(i, 0.0)]
             numbers += [float(found.count), found.energy, *found.errors]
         for layer in layers:
             one = measured.work.get(layer, Work(0.0, 0))
@@ -228,16 +222,16 @@ def over_ranks(
     if not all(map(math.isfinite, rows)) or not sgd > 0:
         return None
     rest = iter(rows[4:])
-    alone, spreads, work = {}, {}, {}
+    isolated, curves, work = {}, {}, {}
     for i in range(sites):
-        was_alone, alone_error, cotangents, energy = (next(rest) for _ in range(4))
+        was_isolated, isolated_error, cotangents, energy = (next(rest) for _ in range(4))
         errors = tuple(next(rest) for _ in range(keeps))
-        if was_alone:
-            alone[i] = alone_error
+        if was_isolated:
+            isolated[i] = isolated_error
         if energy > 0:
-            spreads[i] = Spread(errors, energy, round(cotangents))
+            curves[i] = RowCurve(errors, energy, round(cotangents))
     for layer in layers:
         size, backward = next(rest), next(rest)
         if size:
             work[layer] = Work(size / count, round(backward / size))
-    return Measured(sgd, square, error, alone, spreads, work)
+    return Measured(sgd, square, error, isolated, curves, work)

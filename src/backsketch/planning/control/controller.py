@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,26 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from backsketch.planning.control.arguments import called_module, check
 from backsketch.planning.control.calibration import Measured, Unmeasurable, measure, over_ranks
-from backsketch.planning.control.decision import Choice, Costs, choose_keeps
+from backsketch.planning.control.costs import StepCosts
+from backsketch.planning.control.decision import BAND, Choice, choose_keeps, reason_to_move
 from backsketch.planning.control.estimate import Estimate
-from backsketch.planning.control.ranks import gathered, own, summed
-from backsketch.planning.control.sites import Site, Spread, Watch, find_sites, spread, weight_layers
+from backsketch.planning.control.looks import Looks
+from backsketch.planning.control.ranks import summed
+from backsketch.planning.control.schedule import Schedule
+from backsketch.planning.control.sites import movable_sites, weight_layers
 from backsketch.planning.measure.replay import Recorder
 from backsketch.planning.profiling.families import FINE_LADDER
-from backsketch.planning.profiling.records import Profile
-from backsketch.regions import Region, ignore_scores, record_scores, state_of
+from backsketch.planning.profiling.records import ProfileData
+from backsketch.regions import state_of
 from backsketch.rules import unwrap
 from backsketch.theory.advice import effective_batch, learning_rate_factor
 
 __all__ = ["Change", "Controller"]
 
-_LOOKS = 20  # steps between two looks at the row scores, fewer at the start
-_BAND = (0.75, 1.25)  # of the target, within which a change must save something
-_WORTH = 0.02  # of a step's cost
-_TRACED = 2**20  # rows
 _ATTEMPTS = 3
-_ALONE_AT_ONCE = 8
+_ISOLATED_AT_ONCE = 8
 _DRAWS = 3  # of several sites together in a measurement: their factor drifts, so that few measurements count
 _COMPILED_PLANS = 8  # Dynamo's recompile limit
 
@@ -115,7 +113,7 @@ class Controller:
         model: nn.Module,
         target_extra_variance: float | None = 0.05,
         *,
-        profile: Profile | None = None,
+        profile: ProfileData | None = None,
         warmup: int = 0,
         finish: int = 0,
         total_steps: int | None = None,
@@ -124,42 +122,35 @@ class Controller:
         max_plans: int | None = None,
     ) -> None:
         self._model = unwrap(model)
-        self._sites = find_sites(self._model)
-        _check(target_extra_variance, warmup, finish, total_steps, interval, overhead, max_plans)
+        self._sites = movable_sites(self._model)
+        check(target_extra_variance, warmup, finish, total_steps, interval, overhead, max_plans)
         if not self._sites:
             raise ValueError(
                 "Controller: the model has no sketch with a keep to move; call bs.sketch_(model, ...) first, with "
                 "regions, masks, or estimators such as bs.Rows"
             )
-        self._called = _called(model)
+        self._called = called_module(model)
         if max_plans is None and self._called is not self._model:
             max_plans = _COMPILED_PLANS
         self.target = target_extra_variance
-        self._warmup, self._total = warmup, total_steps
-        self._exact_from = None if not finish or total_steps is None else total_steps - finish
-        self._interval, self._overhead, self._max_plans = interval, overhead, max_plans
-        self._costs = None if profile is None else Costs.from_profile(profile, self._sites)
+        self._max_plans = max_plans
+        self._costs = None if profile is None else StepCosts.from_profile(profile, self._sites)
+        exact_from = None if not finish or total_steps is None else total_steps - finish
+        self._schedule = Schedule(warmup, exact_from, interval, overhead)
         ladder = sorted({*FINE_LADDER, *(s.keep for s in self._sites)}, reverse=True)
         whole = len(self._sites) == 1 and not (self._sites[0].name or self._sites[0].is_layer)
         self._estimate = Estimate(tuple(ladder), len(self._sites), whole)
-        self._steps, self._due, self._gap = 0, max(warmup, 1), 1
-        self._failures, self._spent, self._look = 0, 0.0, 0
-        self._began: float | None = None
-        self._first = 0  # step at which the clock began
-        self._refusal = ""
+        self._looks = Looks(self._sites, ladder)
+        self._recorder: Recorder | None = None
         self._keeps = tuple(s.keep for s in self._sites)
         self._visited = [self._keeps]
         self._log: list[Change] = []
-        self._recorder: Recorder | None = None
-        self._watches: dict[int, Watch] = {}
-        self._traces: dict[int, deque[torch.Tensor]] = {}
-        for i, site in enumerate(self._sites):
-            self._trace(site, i, _LOOKS)
-        self._replicas = self._turn = 0
+        self._refusal = ""
+        self._failures = self._replicas = self._turn = 0
         self._closed = False
         if warmup:
             self._move((1.0,) * len(self._sites), f"exact warm-up of {warmup} steps")
-        self._rearm()
+        self._arm()
 
     # --- what it says ---------------------------------------------------------------------------
 
@@ -214,7 +205,7 @@ class Controller:
         ]
         goal = "least time to a target" if self.target is None else f"target {self.target:g}"
         last = [str(self._log[-1])] if self._log else []
-        return "\n".join([f"after {self._steps} steps, {goal}", *rows, self.advice, *last])
+        return "\n".join([f"after {self._schedule.steps} steps, {goal}", *rows, self.advice, *last])
 
     # --- what it does ---------------------------------------------------------------------------
 
@@ -228,25 +219,23 @@ class Controller:
         """
         if self._closed:
             raise RuntimeError("Controller.step: this controller is closed")
-        if self._began is None:
-            self._began, self._first = time.perf_counter(), self._steps
-        self._steps += 1
+        schedule = self._schedule
+        schedule.step()
         if self._recorder is not None:
-            self._calibrate(self._recorder)
-        elif self._steps >= self._look and not self._is_exact_phase:
-            self._follow()
+            self._replay(self._recorder)
+        elif schedule.looks_now:
+            self._look()
             self._decide()
-        if self._steps == self._exact_from:
+        if schedule.steps == schedule.exact_from:
             self._move((1.0,) * len(self._sites), "exact finish")
             self._disarm()
-        self._rearm()
+        self._arm()
 
     def close(self) -> None:
         """Remove its hooks; the keeps stay as they are."""
         self._closed = True
         self._disarm()
-        for i in self._traces:
-            ignore_scores(self._sites[i].module)
+        self._looks.close()
 
     def __enter__(self) -> Controller:
         return self
@@ -254,45 +243,41 @@ class Controller:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def _is_exact_phase(self) -> bool:
-        return self._steps < self._warmup or self._is_finishing
-
-    @property
-    def _is_finishing(self) -> bool:
-        return self._exact_from is not None and self._steps >= self._exact_from
-
-    def _rearm(self) -> None:
+    def _arm(self) -> None:
         """Hooks for the next step, where it is one to look at."""
-        if self._recorder is not None or self._is_finishing:
+        if self._recorder is not None:
             return
-        if self._steps + 1 >= self._due:
+        if self._schedule.replays_next:
             self._recorder = Recorder(self._called)
-        elif self._steps + 1 >= self._look and not self._is_exact_phase:
-            self._watch()
+        elif self._schedule.looks_next and self._called is self._model:  # none inside compiled code
+            self._looks.watch(self._keeps)
 
     def _disarm(self) -> None:
         """Remove all hooks, and forget what was seen with them and without."""
-        for watch in self._watches.values():
-            watch.close()
-        self._watches.clear()
-        for trace in self._traces.values():
-            trace.clear()
+        self._looks.forget()
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
 
     # --- measuring ------------------------------------------------------------------------------
 
-    def _calibrate(self, recorder: Recorder) -> None:
-        start = time.perf_counter()
+    def _look(self) -> None:
+        """Take the row scores of the last backward passes into account."""
+        self._check_sites()
+        self._schedule.looked()
+        self._estimate.follow(self._looks.take(self._device), self._schedule.steps)
+
+    def _replay(self, recorder: Recorder) -> None:
+        """Measure a recorded step, and decide."""
+        schedule = self._schedule
+        start = schedule.clock()
         self._recorder = None
         recorder.close()
-        self._follow()
+        self._look()
         # The plan in force is what has to be right; where that is exact, what it would be otherwise.
         is_exact = all(k == 1 for k in self._keeps)
         probe = tuple(s.keep for s in self._sites) if is_exact else self._keeps
-        alone = self._next_alone()
+        isolated = self._next_isolated()
         measured, reason = None, ""
         try:
             measured = measure(
@@ -300,9 +285,9 @@ class Controller:
                 recorder,
                 self._sites,
                 probe,
-                alone,
+                isolated,
                 self._estimate.ladder,
-                self._steps,
+                schedule.steps,
                 self._costs is None,
                 _DRAWS if len(self._sites) > 1 else 1,
             )
@@ -310,177 +295,86 @@ class Controller:
             reason = str(problem)
         finally:
             self._apply(self._keeps)
-            for trace in self._traces.values():
-                trace.clear()
-        seconds = time.perf_counter() - start
-        total, replicas, per_step, seconds = self._shared(measured, recorder.count, seconds)
-        self._spent += seconds
-        self._schedule(seconds, per_step)
+            self._looks.forget()
+        total, replicas = self._shared(measured, recorder.count, start)
         if total is None:
-            if not self._estimate.is_known:
-                self._gap, self._due = 1, self._steps + 1
             self._failed(reason or "a gradient was not finite, or SGD's own variance is zero")
             return
         self._failures = 0
         if self._costs is None:
-            self._costs = Costs.from_work(total.work, self._sites)
+            self._costs = StepCosts.from_work(total.work, self._sites)
         # At least: passes of others between two steps look like micro-batches.
         self._replicas = min(self._replicas or replicas, replicas)
-        self._estimate.update(total, probe, alone, self._replicas, self._steps)
+        self._estimate.update(total, probe, isolated, self._replicas, schedule.steps)
         self._decide()
 
-    def _next_alone(self) -> dict[int, float]:
-        """Sites to measure alone, and at which keep: those that never were, a few at once, then in turn."""
+    def _next_isolated(self) -> dict[int, float]:
+        """Sites to measure by themselves, and at which keep: new ones first, a few at once, then in turn."""
         n = len(self._sites)
         if n == 1:
             return {}
         new = [i for i in range(n) if not self._estimate.weights[i].terms]
-        chosen = new[:_ALONE_AT_ONCE] or [self._turn % n]
+        chosen = new[:_ISOLATED_AT_ONCE] or [self._turn % n]
         self._turn += 0 if new else 1
         keeps = [(i, self._keeps[i]) for i in chosen]
         return {i: self._sites[i].keep if k == 1 else k for i, k in keeps}
 
     def _shared(
-        self, measured: Measured | None, count: int, seconds: float
-    ) -> tuple[Measured | None, int, float, float]:
-        """The sums over all ranks, micro-batches in all, seconds per step and of this measurement."""
-        assert self._began is not None
-        elapsed = time.perf_counter() - self._began - seconds - self._spent
-        rows = [seconds, max(elapsed, 0.0) / (self._steps - self._first), float(count)]
+        self, measured: Measured | None, count: int, start: float
+    ) -> tuple[Measured | None, int]:
+        """The sums over all ranks, and micro-batches in all; the next replay is set by their mean times."""
+        now = self._schedule.clock()
+        rows = [now - start, self._schedule.seconds_per_step(start), float(count)]
         ranks, (used, per_step, replicas) = summed(rows, self._device)
-        total = over_ranks(
-            measured,
-            len(self._sites),
-            len(self._estimate.ladder),
-            list(weight_layers(self._model)),
-            self._device,
-        )
-        return total, max(round(replicas), 1), per_step / ranks, used / ranks
-
-    def _schedule(self, seconds: float, per_step: float) -> None:
-        """Steps to the next measurement: twice the last gap, until that is the interval."""
-        most = self._interval
-        if most is None:
-            most = math.ceil(seconds / max(self._overhead * per_step, 1e-9))
-        self._gap = max(1, min(2 * self._gap, most))
-        self._due = self._steps + self._gap
+        layers = list(weight_layers(self._model))
+        keeps = len(self._estimate.ladder)
+        total = over_ranks(measured, len(self._sites), keeps, layers, self._device)
+        self._schedule.replayed(used / ranks, per_step / ranks)
+        return total, max(round(replicas), 1)
 
     def _failed(self, reason: str) -> None:
         self._failures += 1
-        if self._failures == _ATTEMPTS and not self._estimate.is_known:
+        if self._estimate.is_known:
+            return
+        self._schedule.retry()
+        if self._failures == _ATTEMPTS:
             self._refuse(f"nothing can be measured: {reason}")
-
-    def _follow(self) -> None:
-        """Take the row scores of the last backward passes into account."""
-        self._check_sites()
-        self._look = self._steps + min(_LOOKS, 1 + (self._steps - self._warmup) // 40)
-        width = 2 + len(self._estimate.ladder)
-        rows: list[float] = []
-        for i in range(len(self._sites)):
-            found = self._seen(i)
-            rows += [found.count, found.energy, *found.errors] if found else [0.0] * width
-        self._watches.clear()
-        _, rows = summed(rows, self._device)
-        spreads = {}
-        for i in range(len(self._sites)):
-            count, energy, *errors = rows[i * width : (i + 1) * width]
-            if math.isfinite(energy + sum(errors)):
-                spreads[i] = Spread(tuple(errors), energy, max(round(count), 1))
-        self._estimate.follow(spreads, self._steps)
-
-    def _seen(self, index: int) -> Spread | None:
-        """What the last backward passes showed of a site: the scores that it traced, or those of a hook."""
-        site, ladder = self._sites[index], self._estimate.ladder
-        if index in self._watches:
-            self._watches[index].close()
-            return self._watches[index].spread(ladder)
-        trace = self._traces.get(index)
-        if not trace:
-            return None
-        last = trace[-1]
-        scores = torch.stack([t.to(last) for t in trace if t.shape == last.shape])
-        trace.clear()
-        length = min(max(_TRACED // last.shape[0], 1), _LOOKS)
-        if trace.maxlen != length:
-            self._trace(site, index, length)
-        return spread(scores, ladder)
-
-    def _trace(self, site: Site, index: int, length: int) -> None:
-        if isinstance(site.base, Region):
-            self._traces[index] = record_scores(site.module, length)
-
-    def _watch(self) -> None:
-        """Hooks for one step where no region computes scores; none inside a compiled model."""
-        if self._called is self._model and not self._watches:
-            for i, (site, keep) in enumerate(zip(self._sites, self._keeps)):
-                if keep == 1 or not isinstance(site.base, Region):
-                    self._watches[i] = Watch(site)
 
     # --- deciding -------------------------------------------------------------------------------
 
     def _decide(self) -> None:
-        if self._steps < self._warmup or self._is_finishing or self._costs is None:
+        if self._schedule.is_exact_phase or self._costs is None or not self._estimate.is_known:
             return
-        if not self._estimate.is_known:
-            return
+        situation = self._estimate, self._costs, self._sites
         now_exact = all(k == 1 for k in self._keeps)
-        choice = choose_keeps(
-            self._estimate, self._costs, self._sites, self._fixed(), self.target, now_exact
-        )
+        choice = choose_keeps(*situation, self._fixed(), self.target, now_exact)
         if choice.refusal:
             self._refuse(choice.refusal)
             return
         self._refusal = ""
-        keeps = self._among_visited(choice)
+        keeps = self._among_visited(choice, self._costs)
         if keeps == self._keeps:
             return
-        if reason := self._reason(keeps, now_exact):
+        if reason := reason_to_move(*situation, self._keeps, keeps, self.target):
             self._move(keeps, reason)
 
-    def _reason(self, keeps: tuple[float, ...], now_exact: bool) -> str:
-        """Why these keeps are worth a change; empty where they are not."""
-        assert self._costs is not None
-        if now_exact:
-            return "sketches pay"
-        omega, then = self._estimate.total(self._keeps), self._estimate.total(keeps)
-        cost, less = (self._costs.step(self._sites, k) for k in (self._keeps, keeps))
-        if self.target is not None:
-            low, high = (f * self.target for f in _BAND)
-            if not low <= omega <= high and abs(then - self.target) < abs(omega - self.target):
-                return f"extra variance {omega:.3f} left the band {low:.3g} to {high:.3g}"
-        else:
-            beta = self._estimate.noise_scale
-            pays = [
-                c * (v if math.isinf(beta) else (1 + beta * v) / (1 + beta))
-                for c, v in ((cost, 1 + omega), (less, 1 + then))
-            ]
-            if pays[0] - pays[1] >= _WORTH:
-                return f"time to a target falls from {pays[0]:.3f} to {pays[1]:.3f} of exact"
-            return ""
-        if cost - less >= _WORTH:
-            return f"a step costs {less:.3f} of exact instead of {cost:.3f}"
-        return ""
-
-    def _among_visited(self, choice: Choice) -> tuple[float, ...]:
+    def _among_visited(self, choice: Choice, costs: StepCosts) -> tuple[float, ...]:
         """The choice, or the best of the plans used before where no new one is allowed."""
-        assert self._costs is not None
         limit = self._max_plans
         if limit is None or choice.keeps in self._visited or len(self._visited) < limit:
             return choice.keeps
-        goal = math.inf if self.target is None else _BAND[1] * self.target
+        goal = math.inf if self.target is None else BAND[1] * self.target
         fitting = [k for k in self._visited if self._estimate.total(k) <= goal]
-        costs, sites = self._costs, self._sites
         if not fitting:
             return min(self._visited, key=self._estimate.total)
-        if self.target is not None:
-            return min(fitting, key=lambda k: costs.step(sites, k))
-        return min(fitting, key=lambda k: abs(costs.step(sites, k) - choice.cost))
+        wanted = 0.0 if self.target is not None else choice.cost
+        return min(fitting, key=lambda k: abs(costs.step(self._sites, k) - wanted))
 
     def _fixed(self) -> dict[int, str]:
         """Sites that run exactly whatever their keep, on one of the ranks at least: the others wait for it."""
         found = {}
         for i, site in enumerate(self._sites):
-            if isinstance(site.base, Region) and (state := state_of(site.module)).status == "exact":
+            if site.is_region and (state := state_of(site.module)).status == "exact":
                 found[i] = f"{site.name or 'the model'} runs exactly: {state.reason}"
         _, are = summed([float(i in found) for i in range(len(self._sites))], self._device)
         return {
@@ -500,16 +394,10 @@ class Controller:
         if keeps not in self._visited:
             self._visited.append(keeps)
         known = self._estimate.is_known
-        self._log.append(
-            Change(
-                self._steps,
-                reason,
-                self._named(before),
-                self._named(keeps),
-                self._estimate.total(keeps) if known else None,
-                self._estimate.noise_scale if known else None,
-            )
-        )
+        omega = self._estimate.total(keeps) if known else None
+        beta = self._estimate.noise_scale if known else None
+        named = self._named(before), self._named(keeps)
+        self._log.append(Change(self._schedule.steps, reason, *named, omega, beta))
 
     def _apply(self, keeps: Sequence[float]) -> None:
         for site, keep in zip(self._sites, keeps):
@@ -539,15 +427,9 @@ class Controller:
         steps, and by every one of several ranks: it gathers their scores since the last look.
         """
         costs = self._costs
-        traces = [[i, t.maxlen, [s.tolist() for s in t]] for i, t in self._traces.items()]
         return {
-            "sites": [site.name for site in self._sites],
-            "target": self.target,
-            "ladder": list(self._estimate.ladder),
-            "steps": self._steps,
-            "due": self._due,
-            "gap": self._gap,
-            "look": self._look,
+            **self._identity(),
+            **self._schedule.state_dict(),
             "replicas": self._replicas,
             "turn": self._turn,
             "failures": self._failures,
@@ -556,7 +438,7 @@ class Controller:
             "visited": [list(keeps) for keeps in self._visited],
             "estimate": self._estimate.state_dict(),
             "costs": None if costs is None else [list(costs.fixed), list(costs.live), costs.tiny],
-            "traces": gathered(traces),
+            "traces": self._looks.state(),
             "log": [asdict(change) for change in self._log],
         }
 
@@ -568,73 +450,27 @@ class Controller:
         Raises:
             ValueError: it belongs to other sites or another target; nothing is changed then.
         """
-        mine = {
-            "sites": [site.name for site in self._sites],
-            "target": self.target,
-            "ladder": list(self._estimate.ladder),
-        }
-        for key, value in mine.items():
+        for key, value in self._identity().items():
             if state.get(key) != value:
                 raise ValueError(
                     f"Controller.load_state_dict: made with {key} {state.get(key)}, not {value}"
                 )
-        self._steps, self._due, self._gap = state["steps"], state["due"], state["gap"]
-        self._look, self._replicas, self._turn = (state[k] for k in ("look", "replicas", "turn"))
+        self._schedule.load_state_dict(state)
+        self._replicas, self._turn = state["replicas"], state["turn"]
         self._failures, self._refusal = state["failures"], state["refusal"]
         self._keeps = tuple(state["keeps"])
         self._visited = [tuple(keeps) for keeps in state["visited"]]
         self._estimate.load_state_dict(state["estimate"])
         if state["costs"] is not None:
             fixed, live, tiny = state["costs"]
-            self._costs = Costs(tuple(fixed), tuple(live), tiny)
+            self._costs = StepCosts(tuple(fixed), tuple(live), tiny)
         self._log = [Change(**change) for change in state["log"]]
-        self._began, self._spent = None, 0.0
         self._apply(self._keeps)
         self._disarm()
-        for index, length, vectors in own(state.get("traces", [])) or []:
-            self._trace(self._sites[index], index, length)
-            if (trace := self._traces.get(index)) is not None:
-                # In float64, which holds them exactly whatever type they had.
-                trace.extend(torch.tensor(v, dtype=torch.float64) for v in vectors)
-        self._rearm()
+        self._looks.load(state.get("traces", []))
+        self._arm()
 
-
-def _called(model: nn.Module) -> nn.Module:
-    """The module whose calls can be recorded: the compiled one where there is one, else the user's own."""
-    while "_orig_mod" not in model._modules:
-        inner = model._modules.get("module")
-        if not isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            break
-        assert inner is not None
-        model = inner
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            "Controller: the model was compiled in place by model.compile(), which hides its calls; use "
-            "model = torch.compile(model) and give that to the controller"
-        )
-    return model
-
-
-def _check(
-    target: Any, warmup: Any, finish: Any, total: Any, interval: Any, overhead: Any, plans: Any
-) -> None:
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    problems = []
-    if target is not None and not (number(target) and 0 < target < math.inf):
-        problems.append(f"target_extra_variance must be positive, or None; got {target!r}")
-    counts = {"warmup": (warmup, 0), "finish": (finish, 0), "total_steps": (total, 1)}
-    counts |= {"interval": (interval, 1), "max_plans": (plans, 1)}
-    for name, (value, least) in counts.items():
-        optional = value is None and name not in ("warmup", "finish")
-        if not optional and not (number(value) and value == int(value) and value >= least):
-            problems.append(f"{name} must be a whole number of at least {least}; got {value!r}")
-    if not (number(overhead) and 0 < overhead < 1):
-        problems.append(f"overhead must lie in (0, 1); got {overhead!r}")
-    if not problems and finish and (total is None or warmup + finish > total):
-        problems.append(
-            f"finish needs total_steps, of at least warmup + finish; got total_steps={total!r}"
-        )
-    if problems:
-        raise ValueError("Controller: " + "; ".join(problems))
+    def _identity(self) -> dict[str, Any]:
+        """What a state must have been made with."""
+        sites = [site.name for site in self._sites]
+        return {"sites": sites, "target": self.target, "ladder": list(self._estimate.ladder)}

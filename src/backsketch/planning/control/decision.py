@@ -1,4 +1,4 @@
-"""Which keeps: the cheapest within a target, those of the least time to a target loss, or exact and why."""
+"""Which keeps to use now: the cheapest within a target, or those that reach a loss soonest."""
 
 from __future__ import annotations
 
@@ -6,129 +6,22 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from backsketch.estimators import Estimator, Split
-from backsketch.planning.control.calibration import Work
+from backsketch.planning.control.costs import StepCosts
 from backsketch.planning.control.estimate import Estimate
-from backsketch.planning.control.sites import Site, with_keep
+from backsketch.planning.control.sites import MovableSite
 from backsketch.planning.plan.frontier import frontier
-from backsketch.planning.profiling.records import Option, Profile
-from backsketch.regions import Region
 from backsketch.theory.cost import time_to_target_ratio
 
-__all__ = ["Choice", "Costs", "choose_keeps"]
+__all__ = ["LEAST_SAVING", "Choice", "choose_keeps", "reason_to_move"]
 
-_TINY = 2**20  # multiply-adds of a backward pass below which the draws cost what they save
+LEAST_SAVING = 0.02
+"""Of a step's cost: less is not worth a sketch or a change."""
+
 _QUIET = 0.01  # noise scale
-_LEAST = 0.02  # of a step's cost, worth a sketch or a change
 _MARGIN = 0.01
 _ROOM = 0.15  # of the target, above it: the ladder of a single site is coarse, and below would be further away
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a site saves of an exact step: ``fixed + live * share`` for every site, negative where it saves.
-
-    The share of the work is the keep, or less below a mask (:meth:`Site.share`); ``tiny`` says why nothing can be
-    gained anywhere.
-    """
-
-    fixed: tuple[float, ...]
-    live: tuple[float, ...]
-    tiny: str = ""
-
-    def of(self, sites: Sequence[Site], index: int, keep: float, left: float) -> float:
-        """Change of a step's cost by one site, a fraction ``left`` of the rows being left by a mask."""
-        if keep >= 1:
-            return 0.0
-        return self.fixed[index] + self.live[index] * sites[index].share(keep, left)
-
-    def step(self, sites: Sequence[Site], keeps: Sequence[float]) -> float:
-        """A step's cost, exact = 1."""
-        left = math.prod(k for s, k in zip(sites, keeps) if s.is_mask)
-        return max(1 + math.fsum(self.of(sites, i, k, left) for i, k in enumerate(keeps)), 0.0)
-
-    @classmethod
-    def from_profile(cls, profile: Profile, sites: Sequence[Site]) -> Costs:
-        """From measured seconds.
-
-        Raises:
-            ValueError: the profile does not have one of the sites.
-        """
-        options = {(slot.name, o.family): o for slot in profile.slots for o in slot.options}
-        owners = {layer: slot for slot in profile.slots for layer in slot.layers}
-        pairs = []
-        for site in sites:
-            if site.is_mask:
-                pairs.append((0.0, 0.0))
-                continue
-            family = site.base.mode if isinstance(site.base, Region) else "weights"
-            owner = owners.get(site.name)
-            name = owner.name if family == "weights" and owner else site.name
-            option = options.get((name, family))
-            if option is None:
-                known = ", ".join(sorted({s.name or "(model)" for s in profile.slots}))
-                raise ValueError(
-                    f"Controller: the profile has no {family} sketch at {site.name or '(model)'!r}; it has {known}"
-                )
-            share = 1 / len(owner.layers) if family == "weights" and owner else 1.0
-            pairs.append(_affine(option, share / profile.step_seconds))
-        return cls(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
-
-    @classmethod
-    def from_work(cls, work: Mapping[str, Work], sites: Sequence[Site]) -> Costs:
-        """From counted arithmetic: each site's share of the products of a step."""
-        total = math.fsum(w.size * (1 + w.products) for w in work.values())
-        fixed, live, backward = [], [], 0.0
-        for site in sites:
-            inside = [w for name, w in work.items() if _below(name, site.name)]
-            products = math.fsum(w.size * w.products for w in inside)
-            forward = math.fsum(w.size for w in inside)
-            if site.is_mask:
-                fixed.append(0.0)
-                live.append(0.0)
-                continue
-            backward += products
-            if isinstance(site.base, Region):
-                again = forward if site.base.mode == "recompute" else 0.0
-                at_zero, slope = -products, products + again
-            else:
-                at_zero, slope = _layer(site, inside)
-            fixed.append(at_zero / total if total else 0.0)
-            live.append(slope / total if total else 0.0)
-        if not total:  # modules of unknown kinds: the model as one, shared out evenly
-            n = max(sum(not s.is_mask for s in sites), 1)
-            share = [0.0 if s.is_mask else 2 / 3 / n for s in sites]
-            return cls(tuple(-s for s in share), tuple(share))
-        tiny = f"the sketched layers have {backward:.2g} multiply-adds in a backward pass"
-        return cls(tuple(fixed), tuple(live), tiny if backward < _TINY else "")
-
-
-def _affine(option: Option, scale: float) -> tuple[float, float]:
-    return option.fixed_seconds * scale, option.live_seconds / option.keep * scale
-
-
-def _below(name: str, top: str) -> bool:
-    return not top or name == top or name.startswith(f"{top}.")
-
-
-def _layer(site: Site, inside: Sequence[Work]) -> tuple[float, float]:
-    """Arithmetic at keep 0, relative to exact, and its slope in keep."""
-    assert isinstance(site.base, Estimator)
-    if isinstance(site.base, Split):
-        low, high = (_work(with_keep(site.base, k)) for k in (0.5, 1.0))
-    else:
-        low, high = _work(with_keep(site.base, 0.5)), (1.0, 1.0)
-    slope = [2 * (b - a) for a, b in zip(low, high)]
-    size = math.fsum(w.size * slope[1] + w.size * slope[0] * (w.products > 1) for w in inside)
-    return -size, size
-
-
-def _work(sketch: object) -> tuple[float, float]:
-    assert isinstance(sketch, Estimator)
-    return sketch.work()
-
-
-# --- the choice -------------------------------------------------------------------------------------
+BAND = (0.75, 1.25)
+"""Of the target, within which a change must save something."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +37,8 @@ class Choice:
 
 def choose_keeps(
     estimate: Estimate,
-    costs: Costs,
-    sites: Sequence[Site],
+    costs: StepCosts,
+    sites: Sequence[MovableSite],
     fixed: Mapping[int, str],
     target: float | None,
     is_exact: bool,
@@ -179,10 +72,10 @@ def choose_keeps(
             sites,
             f"the noise scale is {beta:.2g}: noise hardly matters, a smaller batch is cheaper",
         )
-    if best.cost > 1 - _LEAST:
+    if best.cost > 1 - LEAST_SAVING:
         limit = "" if target is None else f" within an extra variance of {target:g}"
         return _exact(
-            sites, f"no sketch saves {_LEAST:.0%} of a step{limit}: the rows matter alike"
+            sites, f"no sketch saves {LEAST_SAVING:.0%} of a step{limit}: the rows matter alike"
         )
     if best.rho > most:
         return _exact(
@@ -193,14 +86,14 @@ def choose_keeps(
     return best
 
 
-def _exact(sites: Sequence[Site], reason: str) -> Choice:
+def _exact(sites: Sequence[MovableSite], reason: str) -> Choice:
     return Choice((1.0,) * len(sites), 0.0, 1.0, 1.0, reason)
 
 
 def _candidates(
     estimate: Estimate,
-    costs: Costs,
-    sites: Sequence[Site],
+    costs: StepCosts,
+    sites: Sequence[MovableSite],
     fixed: Mapping[int, str],
     target: float | None,
 ) -> Iterator[Choice]:
@@ -226,3 +119,31 @@ def _candidates(
             )
             c, v = max(1 + cost, 0.0), used + variance
             yield Choice(keeps_, v, c, time_to_target_ratio(c, 1 + v, estimate.noise_scale))
+
+
+def reason_to_move(
+    estimate: Estimate,
+    costs: StepCosts,
+    sites: Sequence[MovableSite],
+    now: tuple[float, ...],
+    then: tuple[float, ...],
+    target: float | None,
+) -> str:
+    """Why other keeps are worth a change; empty where they are not."""
+    if all(k == 1 for k in now):
+        return "sketches pay"
+    omega, next_omega = estimate.total(now), estimate.total(then)
+    cost, next_cost = costs.step(sites, now), costs.step(sites, then)
+    if target is None:
+        beta = estimate.noise_scale
+        before = time_to_target_ratio(cost, 1 + omega, beta)
+        after = time_to_target_ratio(next_cost, 1 + next_omega, beta)
+        if before - after >= LEAST_SAVING:
+            return f"time to a target falls from {before:.3f} to {after:.3f} of exact"
+        return ""
+    low, high = (f * target for f in BAND)
+    if not low <= omega <= high and abs(next_omega - target) < abs(omega - target):
+        return f"extra variance {omega:.3f} left the band {low:.3g} to {high:.3g}"
+    if cost - next_cost >= LEAST_SAVING:
+        return f"a step costs {next_cost:.3f} of exact instead of {cost:.3f}"
+    return ""

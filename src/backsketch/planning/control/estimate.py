@@ -3,10 +3,10 @@ r"""The controller's picture of the extra variance: measured rarely, followed ch
 .. math:: \omega(k_1, \dots, k_S) = r \sum_s w_s C_s(k_s)
 
 :math:`C_s(k)` is the error that site s puts on its cotangent at keep k over the energy of that cotangent: a
-closed form of the row scores (:func:`backsketch.planning.sites.spread`), which backward passes of regions
-compute anyway. Errors of sites add up (they are martingale differences), and :math:`w_s` carries each to the
-parameters in units of SGD's variance; it is measured with the site alone. The factor r is what the measured
-total is over the predicted one: growth along the depth, the design's gain over independent draws, and the
+closed form of the row scores (:func:`backsketch.planning.measure.rows.row_curve`), which backward passes of
+regions compute anyway. Errors of sites add up (they are martingale differences), and :math:`w_s` carries each
+to the parameters in units of SGD's variance; it is measured with the site isolated. The factor r is what the
+measured total is over the predicted one: growth along the depth, the design's gain over independent draws, and the
 drift of all weights between their measurements. For a region over the whole model it starts at one. Measurements
 of the first quarter of the steps so far are dropped once there are a few later ones.
 
@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backsketch.planning.control.calibration import Measured
-from backsketch.planning.control.sites import Spread
+from backsketch.planning.measure.rows import RowCurve
 
 __all__ = ["Estimate", "Ratio"]
 
 _STABLE, _NOISE = 12, 6  # measurements in a window
 _OLD = 0.25  # of the steps so far
-_LEAST, _LEAST_ALONE = 3, 2  # measurements that are kept however old they are
-_SHARE, _MOST, _FEW = 0.06, 60, 8  # of the steps so far, steps, cotangents
+_KEPT, _KEPT_ISOLATED = 3, 2  # measurements that are kept however old they are
+_WINDOW, _LONGEST, _COTANGENTS = 0.06, 60, 8  # of the steps so far, steps, cotangents
 _NEAR = 5  # energies in a median
 _PRIOR = 4  # measurements that a factor of one is worth
 
@@ -49,7 +49,7 @@ class Ratio:
 
     width: int
     size: int | None = None
-    least: int = _LEAST
+    least: int = _KEPT
     terms: list[list[float]] = field(default_factory=list)
     marks: list[list[int]] = field(default_factory=list)  # step and number of cotangents
 
@@ -70,7 +70,7 @@ class Ratio:
             is_old = self.marks[0][0] < _OLD * step
             return len(self.terms) > (self.least if is_old else self.size)
         rest = sum(count for _, count in self.marks[1:])
-        return rest >= _FEW and step - self.marks[0][0] > min(_SHARE * step, _MOST)
+        return rest >= _COTANGENTS and step - self.marks[0][0] > min(_WINDOW * step, _LONGEST)
 
     def load(self, terms: Sequence[Sequence[float]], marks: Sequence[Sequence[int]]) -> None:
         """Put back what they were."""
@@ -92,9 +92,9 @@ class Ratio:
 class Estimate:
     """The running ratios of the model above.
 
-    ``ladder`` is the keeps of all spreads; ``expects_one`` says whether r is one in theory. It is for a site over
+    ``ladder`` is the keeps of all curves; ``expects_one`` says whether r is one in theory. It is for a site over
     the whole model: there the row scores are the norms of the samples' gradients, up to how the Jacobians differ.
-    It is not for a single site inside a model, nor for several, whose noise grows in company.
+    It is not for a single site inside a model, nor for several, whose noise is larger together.
     """
 
     ladder: tuple[float, ...]
@@ -109,7 +109,7 @@ class Estimate:
     def __post_init__(self) -> None:
         sites = range(self.num_sites)
         self.curves = [Ratio(len(self.ladder)) for _ in sites]
-        self.weights = [Ratio(1, _STABLE, _LEAST_ALONE) for _ in sites]
+        self.weights = [Ratio(1, _STABLE, _KEPT_ISOLATED) for _ in sites]
         self.energies = [[] for _ in sites]
 
     @property
@@ -117,9 +117,9 @@ class Estimate:
         """Whether there was a measurement."""
         return bool(self.factor.terms)
 
-    def follow(self, spreads: Mapping[int, Spread], step: int) -> None:
+    def follow(self, seen: Mapping[int, RowCurve], step: int) -> None:
         """Take the row scores of training steps into account."""
-        for site, found in spreads.items():
+        for site, found in seen.items():
             if found.energy > 0:
                 one = found.energy / found.count
                 self.energies[site] = [*self.energies[site], one][-_NEAR:]
@@ -130,7 +130,7 @@ class Estimate:
         self,
         measured: Measured,
         keeps: Sequence[float],
-        alone: Mapping[int, float],
+        isolated: Mapping[int, float],
         replicas: int,
         step: int,
     ) -> None:
@@ -138,15 +138,15 @@ class Estimate:
 
         Args:
             measured: sums over all ranks.
-            keeps: of all sites together; ``alone`` of those that were measured one by one.
-            alone: see there.
+            keeps: of all sites together; ``isolated`` of those that were measured one by one.
+            isolated: see there.
             replicas: how many such micro-batches make the gradient of an optimizer step.
             step: how many optimizer steps there were.
         """
-        self.follow(measured.spreads, step)
-        scale, found = self._scale, measured.spreads
-        for s, error in measured.alone.items():
-            relative = self._relative(found.get(s), alone[s])
+        self.follow(measured.curves, step)
+        scale, found = self._scale, measured.curves
+        for s, error in measured.isolated.items():
+            relative = self._relative(found.get(s), isolated[s])
             self.weights[s].add([error], measured.sgd * relative, scale, step)
         parts = [self.weight(s) * self._relative(found.get(s), k) for s, k in enumerate(keeps)]
         predicted = math.fsum(parts)
@@ -154,7 +154,7 @@ class Estimate:
         self.factor.add([measured.error], measured.sgd * predicted, scale * predicted, step)
         self.square.add([measured.square * replicas], measured.sgd, scale, step)
 
-    def _relative(self, found: Spread | None, keep: float) -> float:
+    def _relative(self, found: RowCurve | None, keep: float) -> float:
         """The error at one keep over the energy of the cotangent."""
         if found is None or keep == 1 or not found.energy > 0:
             return 0.0

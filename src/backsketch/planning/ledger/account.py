@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from backsketch.planning.ledger.closed_forms import Injected, measured_rows, own_weights, predicted
 from backsketch.planning.ledger.records import Ledger, SiteError
+from backsketch.planning.measure.errors import squared_distance, squared_errors, squared_norm
 from backsketch.planning.measure.passes import (
     Caught,
     LossFn,
     Passes,
-    Place,
+    SketchedSite,
     has_region,
     passes,
-    places,
+    sketched_sites,
 )
 from backsketch.regions import Mask, Region, state_of
 from backsketch.rules import unwrap
@@ -37,14 +38,14 @@ def variance(
 ) -> Ledger:
     r"""The ledger: per site the error injected and what of it arrives at each parameter.
 
-    Two columns. *Alone*: only that site is active. *In company*: the sites above it are active too, those
+    Two columns. *Isolated*: only that site is active. *Joint*: the sites above it are active too, those
     below are exact, and the same draws are used with and without this site's sketch. The latter are the
     martingale differences :math:`D_k = \hat g_k - \hat g_{k-1}`, so that
 
     .. math:: \sum_k E\|D_k\|^2 = E\|\hat g - g\|^2 ,
 
     which the ledger shows as ``cross``: total minus sum, with its standard error. Where sites compound,
-    the *alone* column sums to less.
+    the *isolated* column sums to less.
 
     Args:
         model: sketched by :func:`backsketch.sketch_`. Left as it is, with its gradients, buffers and modes; no
@@ -76,7 +77,7 @@ def variance(
     model = unwrap(model)
     if draws < 2:
         raise ValueError(f"standard errors need two draws or more, got {draws}")
-    found = places(model)
+    found = sketched_sites(model)
     if not found:
         raise ValueError(
             "the model has no sketched sites, so there is no variance to account for: call "
@@ -96,27 +97,27 @@ def variance(
 
 def _settle(run: Passes, batches: Sequence[Any]) -> dict[str, str]:
     """Let regions prove themselves, which they do on their first batches; what stays exact, and why."""
-    regions = [place for place in run.places if has_region(place)]
-    everything = [place.index for place in run.places]
+    regions = [site for site in run.sites if has_region(site)]
+    everything = [site.index for site in run.sites]
     for number in range(2 if regions else 0):
         run.gradient(batches[number % len(batches)], number, everything)
     left_out = {}
-    for place in regions:
-        state = state_of(place.module, place.name)
+    for site in regions:
+        state = state_of(site.module, site.name)
         if state.status != "active":
-            left_out[place.name] = state.reason or "its guards have not come to a verdict"
+            left_out[site.name] = state.reason or "its guards have not come to a verdict"
     return left_out
 
 
-def _backward_order(run: Passes, batch: Any, left_out: dict[str, str]) -> list[Place]:
+def _backward_order(run: Passes, batch: Any, left_out: dict[str, str]) -> list[SketchedSite]:
     """The sites as a backward pass meets them, those that it never meets noted and left out."""
-    run.gradient(batch, 0, [place.index for place in run.places])
-    by_index = {place.index: place for place in run.places}
+    run.gradient(batch, 0, [site.index for site in run.sites])
+    by_index = {site.index: site for site in run.sites}
     met = [by_index[i] for i in dict.fromkeys(run.order)]
-    for place in run.places:
-        if place not in met:
-            left_out.setdefault(place.name, "no gradient reaches it from this loss")
-    order = [place for place in met if place.name not in left_out]
+    for site in run.sites:
+        if site not in met:
+            left_out.setdefault(site.name, "no gradient reaches it from this loss")
+    order = [site for site in met if site.name not in left_out]
     if not order:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise ValueError(f"none of the sketched sites is active: {reasons}")
@@ -130,9 +131,7 @@ class _Column:
     samples: list[Tensor] = field(default_factory=list)
 
     def add(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-        # Still squared differences of float32 gradients: only their sums are in float64.
-        parts = [(x.double() - y.double()).square().sum() for x, y in zip(a, b)]
-        self.samples.append(torch.stack(parts).cpu())
+        self.samples.append(squared_errors(a, b))
 
     @property
     def totals(self) -> Tensor:
@@ -161,11 +160,11 @@ class _Mean:
 class _SiteTally:
     """All that is accumulated about one site."""
 
-    def __init__(self, place: Place, parameters: dict[str, nn.Parameter]) -> None:
-        self.place = place
-        ids = own_weights(place)
+    def __init__(self, site: SketchedSite, parameters: dict[str, nn.Parameter]) -> None:
+        self.site = site
+        ids = own_weights(site)
         self.own = torch.tensor([id(p) in ids for p in parameters.values()])
-        self.alone, self.company = _Column(), _Column()
+        self.isolated, self.joint = _Column(), _Column()
         self.injected = _Mean()
         self.closed = {key: _Mean() for key in ("exact", "exact_weight", "noisy", "noisy_weight")}
         self.second_moments = [0.0, 0.0]  # exact, noisy
@@ -173,48 +172,47 @@ class _SiteTally:
 
     def see(self, kind: str, caught: Caught) -> None:
         """Evaluate the closed forms on a pass."""
-        form = predicted(self.place, caught)
+        form = predicted(self.site, caught)
         self.closed[kind].add(form.travelling)
         self.closed[f"{kind}_weight"].add(form.weight)
 
     def inject(self, run: Passes, name: tuple[int, int], exact: Caught, noisy: Caught) -> None:
         """The error on what travels on, in the pass of that name in which only this site is active."""
-        rows = isinstance(self.place.sketch, (Region, Mask))
-        self.energy.add(_square(exact.cotangents if rows else exact.grad_inputs))
+        rows = isinstance(self.site.sketch, (Region, Mask))
+        self.energy.add(squared_norm(exact.cotangents if rows else exact.grad_inputs))
         if rows:
             if len(exact.cotangents) != 1:
                 return self.injected.add(None)
             run.keys.restart(*name)
-            run.keys.at(self.place.index)
-            return self.injected.add(measured_rows(self.place, exact.cotangents[0]))
-        pairs = zip(exact.grad_inputs, noisy.grad_inputs)
-        self.injected.add(_square([a - b for a, b in pairs]))
+            run.keys.at(self.site.index)
+            return self.injected.add(measured_rows(self.site, exact.cotangents[0]))
+        self.injected.add(squared_distance(exact.grad_inputs, noisy.grad_inputs))
 
     def row(self, names: list[str]) -> SiteError:
-        alone, company = self.alone.totals, self.company.totals
-        own = float(torch.stack(self.alone.samples)[:, self.own].sum(1).mean())
+        isolated, joint = self.isolated.totals, self.joint.totals
+        own = float(torch.stack(self.isolated.samples)[:, self.own].sum(1).mean())
         exact = Injected(self.closed["exact"].value, self.closed["exact_weight"].value)
         noisy = Injected(self.closed["noisy"].value, self.closed["noisy_weight"].value)
-        below = float(alone.mean()) - own
+        below = float(isolated.mean()) - own
         gain = below / self.injected.value if self.injected.value else 0.0
         second = self.second_moments
         return SiteError(
-            name=self.place.name,
-            sketch=str(self.place.sketch),
+            name=self.site.name,
+            sketch=str(self.site.sketch),
             injected=self.injected.value,
             injected_weight=own,
             energy=self.energy.value or 0.0,
             predicted=exact.travelling,
             predicted_weight=exact.weight,
-            alone=float(alone.mean()),
-            alone_error=_standard_error(alone),
-            company=float(company.mean()),
-            company_error=_standard_error(company),
-            predicted_alone=_arriving(exact, gain),
-            predicted_company=_arriving(noisy, gain),
+            isolated=float(isolated.mean()),
+            isolated_error=_standard_error(isolated),
+            joint=float(joint.mean()),
+            joint_error=_standard_error(joint),
+            predicted_isolated=_arriving(exact, gain),
+            predicted_joint=_arriving(noisy, gain),
             growth=second[1] / second[0] if second[0] > 0 else math.nan,
-            alone_by_parameter=self.alone.by_parameter(names),
-            company_by_parameter=self.company.by_parameter(names),
+            isolated_by_parameter=self.isolated.by_parameter(names),
+            joint_by_parameter=self.joint.by_parameter(names),
         )
 
 
@@ -231,17 +229,17 @@ def _standard_error(samples: Tensor) -> float:
 class _Tally:
     """Runs the passes of each batch and turns what they show into a ledger."""
 
-    def __init__(self, run: Passes, order: Sequence[Place]) -> None:
+    def __init__(self, run: Passes, order: Sequence[SketchedSite]) -> None:
         self.run, self.names = run, list(run.parameters)
-        self.sites = [_SiteTally(place, run.parameters) for place in order]
+        self.tallies = [_SiteTally(site, run.parameters) for site in order]
         self.total = _Column()
         self.sums = GradientSums()
 
     def batch(self, batch: Any, number: int, draws: int) -> None:
         exact, seen = self.run.observed(batch, number)
         self.sums.add(exact)
-        for site in self.sites:
-            site.see("exact", seen[site.place.index])
+        for tally in self.tallies:
+            tally.see("exact", seen[tally.site.index])
         for draw in range(draws):
             self._draw(batch, number, draw, exact, seen)
 
@@ -249,29 +247,29 @@ class _Tally:
         self, batch: Any, number: int, draw: int, exact: list[Tensor], seen: dict[int, Caught]
     ) -> None:
         before, active = exact, []
-        for site in self.sites:
-            active.append(site.place.index)
+        for tally in self.tallies:
+            active.append(tally.site.index)
             now, noisy = self.run.observed(batch, number, active, draw)
-            site.company.add(now, before)
+            tally.joint.add(now, before)
             before = now
             alone = noisy
             if len(active) > 1:
                 now, alone = self.run.observed(batch, number, active[-1:], draw)
-            site.alone.add(now, exact)
-            index = site.place.index
-            site.inject(self.run, (number, draw), seen[index], alone[index])
+            tally.isolated.add(now, exact)
+            index = tally.site.index
+            tally.inject(self.run, (number, draw), seen[index], alone[index])
         self.total.add(before, exact)
-        for site in self.sites:
-            _second_moments(site, seen, noisy)
-            caught = noisy[site.place.index]
+        for tally in self.tallies:
+            _second_moments(tally, seen, noisy)
+            caught = noisy[tally.site.index]
             if draw < _CLOSED_FORM_DRAWS or _num_rows(caught) <= _MANY_ROWS:
-                site.see("noisy", caught)
+                tally.see("noisy", caught)
 
     def ledger(self, batches: int, draws: int, left_out: dict[str, str]) -> Ledger:
         total = self.total.totals
-        cross = total - torch.stack([site.company.totals for site in self.sites]).sum(0)
+        cross = total - torch.stack([tally.joint.totals for tally in self.tallies]).sum(0)
         return Ledger(
-            sites=tuple(site.row(self.names) for site in self.sites),
+            sites=tuple(tally.row(self.names) for tally in self.tallies),
             total=float(total.mean()),
             total_error=_standard_error(total),
             cross=float(cross.mean()),
@@ -284,14 +282,10 @@ class _Tally:
         )
 
 
-def _second_moments(site: _SiteTally, seen: dict[int, Caught], noisy: dict[int, Caught]) -> None:
+def _second_moments(tally: _SiteTally, seen: dict[int, Caught], noisy: dict[int, Caught]) -> None:
     for i, caught in enumerate((seen, noisy)):
-        site.second_moments[i] += _square(caught[site.place.index].cotangents)
+        tally.second_moments[i] += squared_norm(caught[tally.site.index].cotangents)
 
 
 def _num_rows(caught: Caught) -> int:
     return max((g.shape[:-1].numel() for g in caught.cotangents), default=0)
-
-
-def _square(tensors: Sequence[Tensor]) -> float:
-    return sum(float(t.detach().double().square().sum()) for t in tensors)

@@ -13,23 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from backsketch import sampling
-from backsketch.estimators import Bilinear, Estimator, Projection
-from backsketch.nn.activation import SketchedActivation
+from backsketch.estimators import Bilinear, Estimator
 from backsketch.nn.registry import adapter_of
-from backsketch.ops.activation import PiecewiseLinear
-from backsketch.ops.conv2d import bilinear_conv2d
-from backsketch.ops.linear import Linear
-from backsketch.planning.measure.passes import Caught, Place
+from backsketch.planning.measure.passes import Caught, SketchedSite
+from backsketch.planning.measure.rows import relative_errors
 from backsketch.regions import Mask, Region
 from backsketch.regions import rows as row_ops
 from backsketch.theory import variance
 
 __all__ = ["Injected", "measured_rows", "own_weights", "predicted"]
-
-_MOST_ROWS = {
-    True: 4096,
-    False: 256,
-}  # of a linear layer, of a convolution: Gram matrices in between
 
 
 @dataclass(frozen=True)
@@ -40,16 +32,16 @@ class Injected:
     weight: float | None
 
 
-def own_weights(place: Place) -> set[int]:
+def own_weights(site: SketchedSite) -> set[int]:
     """Ids of the weights whose gradient a layer site sketches; empty for regions and masks."""
-    if not isinstance(place.sketch, Estimator):
+    if not isinstance(site.sketch, Estimator):
         return set()
-    adapter = adapter_of(place.module)
+    adapter = adapter_of(site.module)
     assert adapter is not None
-    return {id(weight) for _, weight in adapter.weights(place.module)}
+    return {id(weight) for _, weight in adapter.weights(site.module)}
 
 
-def predicted(place: Place, caught: Caught) -> Injected:
+def predicted(site: SketchedSite, caught: Caught) -> Injected:
     """The closed forms of section 2 on the tensors of one pass; None where there is none.
 
     There is none for attention modules (their products are inside), for modules used several times in
@@ -57,24 +49,23 @@ def predicted(place: Place, caught: Caught) -> Injected:
     """
     if len(caught.cotangents) != 1:
         return Injected(None, None)
-    if isinstance(place.sketch, (Region, Mask)):
-        scores, k = _row_draw(place.sketch, caught.cotangents[0])
+    if isinstance(site.sketch, (Region, Mask)):
+        scores, k = _row_draw(site.sketch, caught.cotangents[0])
         return Injected(float(variance.minimal_sampling(scores, k)), 0.0)
-    if isinstance(place.module, SketchedActivation):
-        exact = isinstance(place.module._kind(), PiecewiseLinear)  # one bit an entry says it all
-        return Injected(0.0, 0.0) if exact else Injected(None, None)
-    op = _bilinear(place.module, caught.inputs[0])
-    if op is None or not isinstance(place.sketch, Estimator):
+    adapter = adapter_of(site.module)
+    if adapter is None or not isinstance(site.sketch, Estimator):
         return Injected(None, None)
-    return _layer(place.sketch, op, place.module, caught)
+    if adapter.is_exact:
+        return Injected(0.0, 0.0)
+    op = adapter.product(site.module, caught.inputs[0])
+    return Injected(None, None) if op is None else _layer(site.sketch, op, site.module, caught)
 
 
 def _layer(sketch: Estimator, op: Bilinear, module: nn.Module, caught: Caught) -> Injected:
     weight, x = module.weight, caught.inputs[0]
     assert isinstance(weight, Tensor)
     g = op.rows(caught.cotangents[0])
-    is_linear = isinstance(op, Linear)
-    if g.shape[0] > _MOST_ROWS[is_linear] or not (is_linear or not isinstance(sketch, Projection)):
+    if g.shape[0] > (op.pair_rows if sketch.needs_pairs else op.gram_rows):
         return Injected(None, None)
     try:
         travels = (
@@ -86,17 +77,6 @@ def _layer(sketch: Estimator, op: Bilinear, module: nn.Module, caught: Caught) -
     return Injected(travels, own)
 
 
-def _bilinear(module: nn.Module, x: Tensor) -> Bilinear | None:
-    if isinstance(module, nn.Linear):
-        return Linear()
-    if isinstance(module, nn.Conv2d) and x.ndim == 4:
-        if isinstance(module.padding, str) or module.padding_mode != "zeros":
-            return None
-        sizes = module.kernel_size, module.stride, module.padding, module.dilation
-        return bilinear_conv2d(*sizes, module.groups, (x.shape[2], x.shape[3]))
-    return None
-
-
 def _row_draw(sketch: Region | Mask, cotangent: Tensor) -> tuple[Tensor, int]:
     """Scores and sample size at the boundary, as :mod:`backsketch.regions` draws there."""
     scores = row_ops.scores([cotangent], sketch.row_dims)
@@ -105,15 +85,13 @@ def _row_draw(sketch: Region | Mask, cotangent: Tensor) -> tuple[Tensor, int]:
     return scores, min(n, sampling.num_kept(live, sketch.keep)) if live else n
 
 
-def measured_rows(place: Place, cotangent: Tensor) -> float:
+def measured_rows(site: SketchedSite, cotangent: Tensor) -> float:
     """``‖error‖²`` that the next draw of a region or mask puts on this cotangent."""
-    assert isinstance(place.sketch, (Region, Mask))
-    scores, k = _row_draw(place.sketch, cotangent)
-    if isinstance(place.sketch, Region):
-        sample = sampling.draw_live(scores, place.sketch.keep)
+    assert isinstance(site.sketch, (Region, Mask))
+    scores, k = _row_draw(site.sketch, cotangent)
+    if isinstance(site.sketch, Region):
+        sample = sampling.draw_live(scores, site.sketch.keep)
     else:
         sample = sampling.draw(scores, k, sampling.next_seed(cotangent))
-    if sample is None:
-        return 0.0
-    factors = torch.full_like(scores, -1.0).index_add(0, sample.indices, sample.weights)
-    return float((factors.double() * scores.double()).square().sum())
+    factors = relative_errors(scores, sample).double()
+    return float((factors * scores.double()).square().sum())

@@ -28,14 +28,14 @@ class SiteError:
         injected_weight: error of a layer's own ``grad_weight``.
         energy: squared norm of the exact gradient that ``injected`` is the error of.
         predicted, predicted_weight: the closed forms of these two; None where there is none.
-        alone: what arrives at the parameters with only this site active.
-        company: the martingale difference: sites above active, sites below exact, same draws with and
+        isolated: what arrives at the parameters with only this site active.
+        joint: the martingale difference: sites above active, sites below exact, same draws with and
             without this site's sketch.
-        alone_error, company_error: standard errors.
-        predicted_alone, predicted_company: the closed form of the injected error, at exact and at noisy
+        isolated_error, joint_error: standard errors.
+        predicted_isolated, predicted_joint: the closed form of the injected error, at exact and at noisy
             cotangents, times the measured gain of the exact Jacobians below.
         growth: second moment of the cotangent at the site's output, all sites active, over the exact one.
-        alone_by_parameter, company_by_parameter: where it arrives.
+        isolated_by_parameter, joint_by_parameter: where it arrives.
     """
 
     name: str
@@ -45,15 +45,15 @@ class SiteError:
     energy: float
     predicted: float | None
     predicted_weight: float | None
-    alone: float
-    alone_error: float
-    company: float
-    company_error: float
-    predicted_alone: float | None
-    predicted_company: float | None
+    isolated: float
+    isolated_error: float
+    joint: float
+    joint_error: float
+    predicted_isolated: float | None
+    predicted_joint: float | None
     growth: float
-    alone_by_parameter: Mapping[str, float]
-    company_by_parameter: Mapping[str, float]
+    isolated_by_parameter: Mapping[str, float]
+    joint_by_parameter: Mapping[str, float]
 
     @property
     def relative(self) -> float | None:
@@ -62,8 +62,8 @@ class SiteError:
 
     @property
     def compounding(self) -> float:
-        """``company / alone``: how much the noise of the sites above adds to this site's."""
-        return self.company / self.alone if self.alone > 0 else 1.0
+        """``joint / isolated``: how much the noise of the sites above adds to this site's."""
+        return self.joint / self.isolated if self.isolated > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Ledger:
     Attributes:
         sites: in backward order.
         total: extra variance with all sites active, ``E‖ĝ − g‖²``; ``total_error`` its standard error.
-        cross: ``total`` minus the sum of the *in company* column, zero in expectation, from the same
+        cross: ``total`` minus the sum of the *joint* column, zero in expectation, from the same
             draws; ``cross_error`` its standard error.
         sgd_variance: of the exact minibatch gradient at this batch size; None for a single batch.
         noise_scale: ``sgd_variance`` over the squared norm of the mean gradient, without bias.
@@ -93,14 +93,14 @@ class Ledger:
     left_out: Mapping[str, str]
 
     @property
-    def sum_alone(self) -> float:
-        """The sum of the *alone* column: less than the total where sites compound."""
-        return sum(site.alone for site in self.sites)
+    def sum_isolated(self) -> float:
+        """The sum of the *isolated* column: less than the total where sites compound."""
+        return sum(site.isolated for site in self.sites)
 
     @property
-    def sum_company(self) -> float:
-        """The sum of the *in company* column: the total, within Monte Carlo error."""
-        return sum(site.company for site in self.sites)
+    def sum_joint(self) -> float:
+        """The sum of the *joint* column: the total, within Monte Carlo error."""
+        return sum(site.joint for site in self.sites)
 
     @property
     def extra_variance(self) -> float | None:
@@ -115,7 +115,7 @@ class Ledger:
     @property
     def predicted_multiplier(self) -> float | None:
         """``v`` from the closed forms; None where a site has none."""
-        parts = [site.predicted_company for site in self.sites]
+        parts = [site.predicted_joint for site in self.sites]
         if any(part is None for part in parts):
             return None
         omega = self._relative(sum(part for part in parts if part is not None))
@@ -160,8 +160,8 @@ class Ledger:
 
     def __str__(self) -> str:
         header = (
-            "site", "sketch", "injected", "closed form", "alone", "in company", "predicted",
-            "company/alone", "growth",
+            "site", "sketch", "injected", "closed form", "isolated", "joint", "predicted",
+            "joint/isolated", "growth",
         )  # fmt: skip
         rows = [header, *(self._row(site) for site in self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -178,7 +178,7 @@ class Ledger:
     def _row(self, site: SiteError) -> tuple[str, ...]:
         closed = None if site.predicted is None or not site.energy else site.predicted / site.energy
         cells = ["" if value is None else f"{value:.3f}" for value in (site.relative, closed)]
-        arriving = (site.alone, site.company, site.predicted_company)
+        arriving = (site.isolated, site.joint, site.predicted_joint)
         cells += [self._cell(value) for value in arriving]
         cells += [f"×{site.compounding:.2f}", f"×{site.growth:.2f}"]
         return (site.name or "(model)", site.sketch, *cells)
@@ -191,11 +191,11 @@ class Ledger:
 
     def _summary(self) -> list[str]:
         unit = "units of the SGD variance" if self.sgd_variance else "absolute variances"
-        ratio = self.sum_alone / self.sum_company if self.sum_company > 0 else 1.0
+        ratio = self.sum_isolated / self.sum_joint if self.sum_joint > 0 else 1.0
         error = self._cell(self.total_error)
         lines = [
-            f"total {self._cell(self.total)} ± {error}, sum in company {self._cell(self.sum_company)}, sum "
-            f"alone {self._cell(self.sum_alone)} (×{ratio:.2f}), in {unit}; {self.batches} batches, "
+            f"total {self._cell(self.total)} ± {error}, sum joint {self._cell(self.sum_joint)}, sum "
+            f"isolated {self._cell(self.sum_isolated)} (×{ratio:.2f}), in {unit}; {self.batches} batches, "
             f"{self.draws} draws each",
             "injected: relative error on what travels on; growth: second moment of the cotangent over exact",
         ]

@@ -17,20 +17,31 @@ from torch import Tensor, nn
 
 from backsketch.estimators import Sketch
 from backsketch.nn.swap import is_swapped, sketch_of, switched
+from backsketch.planning.measure.recorder import listen, tensors_of
 from backsketch.regions import RegionModule
 from backsketch.sampling import Keys, keyed
 from backsketch.torch_private import pytree
 from backsketch.untouched import repeatable
 
-__all__ = ["Caught", "Passes", "Place", "checked", "has_region", "passes", "places"]
+__all__ = [
+    "Caught",
+    "LossFn",
+    "Passes",
+    "SketchedSite",
+    "checked",
+    "has_region",
+    "passes",
+    "sketched_sites",
+]
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
+"""``loss_fn(model, batch)`` returns the scalar mean loss of a batch."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A sketched module of a model: where a site is."""
+class SketchedSite:
+    """A sketched module of a model."""
 
     index: int
     name: str
@@ -51,14 +62,14 @@ class Caught:
     grad_inputs: list[Tensor] = field(default_factory=list)
 
 
-def places(model: nn.Module) -> list[Place]:
+def sketched_sites(model: nn.Module) -> list[SketchedSite]:
     """The sketched modules of a model, in the order of ``named_modules``."""
     swapped = [(name, m) for name, m in model.named_modules() if is_swapped(m)]
     found = []
     for i, (name, module) in enumerate(swapped):
         sketch = sketch_of(module)
         assert sketch is not None
-        found.append(Place(i, name, module, sketch))
+        found.append(SketchedSite(i, name, module, sketch))
     return found
 
 
@@ -68,7 +79,7 @@ class Passes:
 
     model: nn.Module
     loss_fn: LossFn[Any]
-    places: Sequence[Place]
+    sites: Sequence[SketchedSite]
     keys: Keys
     active: Collection[int] = ()
     caught: dict[int, Caught] | None = None
@@ -82,12 +93,12 @@ class Passes:
     def gradient(
         self, batch: Any, number: int, active: Collection[int] = (), draw: int = 0
     ) -> list[Tensor]:
-        """Gradient of each trainable parameter with the ``active`` places sketched; zeros where unused.
+        """Gradient of each trainable parameter with the ``active`` sites sketched; zeros where unused.
 
         Args:
             batch: what the loss function takes.
             number: of the batch: fixes the dropout masks and, with ``draw``, the sketches' draws.
-            active: indices of places.
+            active: indices of sites.
             draw: which of the repetitions.
 
         Raises:
@@ -110,7 +121,7 @@ class Passes:
 
     def observed(self, *args: Any, **kwargs: Any) -> tuple[list[Tensor], dict[int, Caught]]:
         """:meth:`gradient`, and what it showed at every site."""
-        self.caught = {place.index: Caught() for place in self.places}
+        self.caught = {site.index: Caught() for site in self.sites}
         try:
             return self.gradient(*args, **kwargs), self.caught
         finally:
@@ -119,54 +130,44 @@ class Passes:
     @contextmanager
     def _toggled(self, active: Collection[int]) -> Iterator[None]:
         self.active = active
-        with switched({place.module: place.index not in active for place in self.places}):
+        with switched({site.module: site.index not in active for site in self.sites}):
             yield
 
-    # Hooks ---------------------------------------------------------------------------------------
+    def listen(self, site: SketchedSite) -> list[Any]:
+        """Put hooks on a site, which name its draws and catch what passes by; returns their handles."""
 
-    def hook(self, place: Place) -> list[Any]:
-        """Put hooks on a place; returns their handles."""
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if place.index in self.active:
-                self.keys.at(place.index)  # draws of the forward pass
-            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        def called(args: Any, kwargs: Any) -> Caught:
+            if site.index in self.active:
+                self.keys.at(site.index)  # draws of the forward pass
+            caught = Caught() if self.caught is None else self.caught[site.index]
+            tensors = tensors_of((args, kwargs))
             if self.caught is not None and tensors:
-                caught = self.caught[place.index]
                 caught.inputs.append(tensors[0].detach())
                 if tensors[0].requires_grad:
                     tensors[0].register_hook(lambda g: caught.grad_inputs.append(g))
+            return caught
 
-        def after(module: nn.Module, args: Any, outputs: Any) -> None:
-            for t in pytree.tree_leaves(outputs):
-                if isinstance(t, Tensor) and t.requires_grad:
-                    # On a tensor it runs just before the site's own backward node does.
-                    t.register_hook(arrived)
-
-        def arrived(cotangent: Tensor) -> None:
+        def arrived(caught: Caught, index: int, cotangent: Tensor) -> None:
             # Not where it is exact: the output of an inactive mask is that of the layer inside.
-            if place.index in self.active:
-                self.keys.at(place.index)
-            self.order.append(place.index)
+            if site.index in self.active:
+                self.keys.at(site.index)
+            self.order.append(site.index)
             if self.caught is not None:
-                self.caught[place.index].cotangents.append(cotangent)
+                caught.cotangents.append(cotangent)
 
-        return [
-            place.module.register_forward_pre_hook(before, with_kwargs=True),
-            place.module.register_forward_hook(after),
-        ]
+        return listen(site.module, called, arrived=arrived)
 
 
 @contextmanager
 def passes(
-    model: nn.Module, loss_fn: LossFn[B], among: Sequence[Place] | None = None
+    model: nn.Module, loss_fn: LossFn[B], among: Sequence[SketchedSite] | None = None
 ) -> Iterator[Passes]:
     """A model ready for repeated passes; afterwards modes, hooks, buffers and streams are as before."""
-    found = places(model) if among is None else among
+    found = sketched_sites(model) if among is None else among
     modes = {module: module.training for module in model.modules()}
     with keyed() as keys:
         run = Passes(model, loss_fn, found, keys)
-        handles = [handle for place in found for handle in run.hook(place)]
+        handles = [handle for site in found for handle in run.listen(site)]
         try:
             if not model.training:  # parts that a training model keeps in eval mode stay there
                 model.train()
@@ -195,6 +196,6 @@ def checked(loss: Any, number: int) -> Tensor:
     return loss
 
 
-def has_region(place: Place) -> bool:
-    """Whether a place is a region, which proves itself on its first batch."""
-    return isinstance(place.module, RegionModule)
+def has_region(site: SketchedSite) -> bool:
+    """Whether a site is a region, whose rows are checked on its first batch."""
+    return isinstance(site.module, RegionModule)

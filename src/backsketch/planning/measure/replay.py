@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backsketch.planning.measure.calls import fresh, tensors_of
-from backsketch.planning.measure.hooks import Hook
+from backsketch.planning.measure.recorder import fresh, listen, tensors_of
 from backsketch.sampling import keyed
 from backsketch.torch_private import pytree
 from backsketch.untouched import untouched
@@ -36,19 +34,23 @@ class _Call:
     autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.float32, False)
     cotangents: dict[int, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, args: Any, device: torch.device) -> _Call:
+        states = [torch.get_rng_state()]
+        if device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(device))
+        kind = device.type
+        autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return cls(args, _versions(args), tuple(states), autocast)
+
     @property
     def is_intact(self) -> bool:
         """Whether cotangents came and no argument was overwritten since."""
         return bool(self.cotangents) and self.versions == _versions(self.args)
 
-    def arrived(self, index: int, cotangent: Tensor) -> None:
-        before = self.cotangents.get(index)
-        g = cotangent.detach()
-        self.cotangents[index] = g if before is None else before + g
-
 
 class Recorder:
-    """Hooks on a module for one optimizer step; :meth:`close` removes them.
+    """Records a module for one optimizer step; :meth:`close` removes its hooks.
 
     ``call`` is the first call that got cotangents (the last one without), ``count`` how many got some: the
     micro-batches of an optimizer step.
@@ -57,55 +59,33 @@ class Recorder:
     def __init__(self, module: nn.Module) -> None:
         self.call: _Call | None = None
         self.count = 0
-        self.compiled = False
-        self._handles = [
-            module.register_forward_pre_hook(Hook(self._before), with_kwargs=True),
-            module.register_forward_hook(Hook(self._after)),
-        ]
+        self._module = module
+        self._handles = listen(module, self._called, arrived=self._arrived)
 
     def close(self) -> None:
         """Remove the hooks; what was recorded stays."""
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._counts(module) or (self.call is not None and self.call.cotangents):
-            return
-        device = _device(module)
-        states = [torch.get_rng_state()]
-        if device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(device))
-        kind = device.type
-        autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        self.call = _Call((args, kwargs), _versions((args, kwargs)), tuple(states), autocast)
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._counts(module):
-            return
-        call = self.call
-        if call is None or call.cotangents:
-            call = _Call()  # only its cotangents are counted
-        for i, t in enumerate(_differentiable(output)):
-            t.register_hook(partial(self._arrived, call, i))
+    def _called(self, args: Any, kwargs: Any) -> _Call | None:
+        if not self._module.training:
+            return None
+        if self.call is not None and self.call.cotangents:
+            return _Call()  # only counted
+        self.call = _Call.of((args, kwargs), _device(self._module))
+        return self.call
 
     def _arrived(self, call: _Call, index: int, cotangent: Tensor) -> None:
         self.count += not call.cotangents
-        if call is self.call:
-            call.arrived(index, cotangent)
-        else:
+        if call is not self.call:
             call.cotangents[index] = cotangent.new_empty(0)
-
-    @staticmethod
-    def _counts(module: nn.Module) -> bool:
-        return module.training and torch.is_grad_enabled()
+            return
+        before, g = call.cotangents.get(index), cotangent.detach()
+        call.cotangents[index] = g if before is None else before + g
 
 
 def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def _differentiable(tree: Any) -> list[Tensor]:
-    return [t for t in tensors_of(tree) if t.requires_grad]
 
 
 def _versions(args: Any) -> tuple[int, ...]:
@@ -133,7 +113,7 @@ class Replay:
         args, kwargs = pytree.tree_map_only(Tensor, fresh, self.call.args)
         kind, dtype, on = self.call.autocast
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled=on):
-            outputs = _differentiable(self.model(*args, **kwargs))
+            outputs = [t for t in tensors_of(self.model(*args, **kwargs)) if t.requires_grad]
         got = [i for i in sorted(self.call.cotangents) if i < len(outputs)]
         return [outputs[i] for i in got], [self.call.cotangents[i] for i in got]
 

@@ -1,11 +1,10 @@
-r"""Keeps for several sites from a common budget of variance, along the frontier of cost and variance.
+r"""The frontier of cost and variance over the choices of one option at each of several sites.
 
-Each site has options (cost, variance) with exact = (0, 0). On its lower convex hull, moving from one option
-to the next saves some cost for some more variance; taking such moves in the order of what they save per
-variance solves the relaxed problem :math:`\min \sum_s c_s + \mu \sum_s v_s` for every :math:`\mu` at once.
-Every choice on the way is the cheapest for the variance that it has, up to the granularity of the ladder. No
-solver is needed, which keeps the control of a training free of SciPy and of its milliseconds (a plan, made
-once, uses :mod:`backsketch.planning.plan.knapsack`).
+On the lower convex hull of a site's options, moving from one to the next saves some cost for some more
+variance; taking such moves in the order of what they save per variance solves the relaxed problem
+:math:`\min \sum_s c_s + \mu \sum_s v_s` for every :math:`\mu` at once. Every choice on the way is the cheapest
+for the variance that it has, up to the granularity of the options. A product of two positive sums, such as
+:func:`backsketch.theory.time_to_target_ratio`, is quasi-concave, so the least one of all choices is among them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 __all__ = ["frontier"]
 
-Option = tuple[float, float]
+Option = Sequence[float]
 
 
 def frontier(
@@ -25,22 +24,21 @@ def frontier(
     """Choices of increasing variance and decreasing cost, as (option per site, cost, variance).
 
     Args:
-        sites: per site, options (cost, variance); the first is the exact one, (0, 0).
+        sites: per site, options that begin with cost and variance.
         limit: a move that takes the sum of variances beyond it is skipped, and later ones of its site with it.
 
     Example:
         >>> [(picked, cost) for picked, cost, _ in frontier([[(0, 0), (-2, 1)], [(0, 0), (-3, 1), (-4, 3)]], 3)]
-        [([0, 0], 0.0), ([0, 1], -3.0), ([1, 1], -5.0)]
+        [([0, 0], 0), ([0, 1], -3), ([1, 1], -5)]
     """
-    moves = []
-    for site, options in enumerate(sites):
-        hull = _hull(options)
-        for a, b in itertools.pairwise(hull):
-            saved = options[a][0] - options[b][0]
-            more = options[b][1] - options[a][1]
-            moves.append((-saved / more if more > 0 else -math.inf, site, b))
-    picked, closed = [0] * len(sites), set()
-    cost = variance = 0.0
+    hulls = [_hull(options) for options in sites]
+    moves = [
+        (_slope(sites[site], a, b), site, b)
+        for site, hull in enumerate(hulls)
+        for a, b in itertools.pairwise(hull)
+    ]
+    picked, closed = [hull[0] for hull in hulls], set()
+    cost, variance = (sum(sites[s][i][part] for s, i in enumerate(picked)) for part in range(2))
     yield list(picked), cost, variance
     for _, site, option in sorted(moves):
         before, after = sites[site][picked[site]], sites[site][option]
@@ -54,7 +52,7 @@ def frontier(
 
 
 def _hull(options: Sequence[Option]) -> list[int]:
-    """Indices of the lower convex hull from the exact option on, variance ascending and cost descending."""
+    """Indices of the lower convex hull, from the least variance on, by falling cost."""
     hull: list[int] = []
     for i in sorted(range(len(options)), key=lambda i: (options[i][1], options[i][0])):
         if hull and options[i][0] >= options[hull[-1]][0]:

@@ -1,108 +1,95 @@
-"""One option for each place: the frontier of two costs, and a multiple-choice knapsack under limits."""
+"""One option for each site under limits: a multiple-choice knapsack of three costs."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-__all__ = ["choose", "frontier"]
+import torch
+from torch import Tensor
+
+__all__ = ["choose"]
 
 Cost = tuple[float, float, float]
-
-
-def frontier(costs: Sequence[Sequence[Cost]]) -> list[list[int]]:
-    """Choices at the corners of the convex hull of total time (cost 0) and total variance (cost 1).
-
-    Each place's own hull is walked from its least variance on, always taking the step that saves most time per
-    variance. A product of two positive sums, such as :func:`backsketch.theory.time_to_target_ratio`, is
-    quasi-concave, so the least one of all choices is at a corner.
-
-    Returns:
-        Lists of one index per place, from the least variance to the least time.
-
-    Example:
-        >>> frontier([[(0, 0, 0), (-2, 1, 0)], [(0, 0, 0), (-3, 2, 0)]])
-        [[0, 0], [1, 0], [1, 1]]
-    """
-    hulls = [_hull(options) for options in costs]
-    steps = []
-    for place, hull in enumerate(hulls):
-        for i, j in itertools.pairwise(hull):
-            (ta, va, _), (tb, vb, _) = costs[place][i], costs[place][j]
-            steps.append(((vb - va) / (ta - tb), place, j))
-    picked = [hull[0] for hull in hulls]
-    found = [list(picked)]
-    for _, place, option in sorted(steps):
-        picked[place] = option
-        found.append(list(picked))
-    return found
-
-
-def _hull(options: Sequence[Cost]) -> list[int]:
-    """The lower left hull of (time, variance), from the least variance to the least time."""
-    order = sorted(range(len(options)), key=lambda i: (options[i][1], options[i][0]))
-    hull: list[int] = []
-    for i in order:
-        t, v, _ = options[i]
-        if hull and t >= options[hull[-1]][0]:
-            continue
-        while len(hull) > 1:
-            (ta, va, _), (tb, vb, _) = options[hull[-2]], options[hull[-1]]
-            if (vb - va) * (ta - t) < (v - va) * (ta - tb):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull
+_MOST = 2048  # partial choices that are kept; beyond it the best one of each cell of a grid
 
 
 def choose(
-    costs: Sequence[Sequence[Cost]], minimise: int, limits: tuple[float, float, float]
+    costs: Sequence[Sequence[Cost]],
+    score: Callable[[Tensor], Tensor],
+    parts: Sequence[int],
+    limits: Sequence[float],
 ) -> list[int] | None:
-    """The choice with the least sum of one cost whose sums of all costs stay within limits.
+    """The choice with the least score whose sums of all costs stay within limits.
 
-    A mixed-integer linear program with one binary per place and option, solved by SciPy (HiGHS).
+    Site by site, partial choices that another one beats in every cost that counts are dropped. That is exact
+    until more than two thousand are left; from there on similar ones are merged, the limits still being kept.
 
     Args:
-        costs: per place, per option, three numbers.
-        minimise: which of the three.
+        costs: per site, per option, three numbers.
+        score: takes ``(choices, 3)`` sums and returns ``(choices,)``, not decreasing in any of the sums.
+        parts: the costs that the score depends on.
         limits: an upper bound for each sum; infinity is none.
 
     Returns:
-        The index of the chosen option per place, None where no choice stays within the limits.
-
-    Raises:
-        ModuleNotFoundError: SciPy is not installed.
+        The index of the chosen option per site, None where no choice stays within the limits.
 
     Example:
-        >>> choose([[(0, 0, 0), (-2, 1, 0)], [(0, 0, 0), (-3, 2, 0)]], 0, (9, 2, 9))
+        >>> choose([[(0, 0, 0), (-2, 1, 0)], [(0, 0, 0), (-3, 2, 0)]], lambda sums: sums[:, 0], [0], (9, 2, 9))
         [0, 1]
     """
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "a plan under a limit needs SciPy: pip install 'backsketch[plan]'", name="scipy"
-        ) from error
+    tables = [torch.tensor(options, dtype=torch.float64) for options in costs]
+    counted = [i for i in range(3) if i in parts or math.isfinite(limits[i])]
+    bound = torch.tensor(limits, dtype=torch.float64)
+    bound += 1e-9 * bound.abs().nan_to_num(posinf=0) + 1e-12
+    least = torch.stack([table.amin(0) for table in tables])
+    rest = least.flip(0).cumsum(0).flip(0) - least  # of the sites that follow
+    sums = torch.zeros(1, 3, dtype=torch.float64)
+    picked = torch.zeros(1, 0, dtype=torch.int64)
+    for table, more in zip(tables, rest):
+        n, m = len(sums), len(table)
+        sums = (sums[:, None] + table).view(-1, 3)
+        picked = torch.cat([picked.repeat_interleave(m, 0), torch.arange(m).repeat(n)[:, None]], 1)
+        kept = ((sums + more) <= bound).all(1).nonzero().flatten()
+        kept = kept[_best(sums[kept][:, counted])]
+        sums, picked = sums[kept], picked[kept]
+        if not len(sums):
+            return None
+    size = sums.abs().amax(0).clamp(min=1e-300)
+    scores = score(sums)
+    tie = (sums / size).clamp(min=0).sum(1)  # among equals the one with the least of everything
+    best = int((scores + 1e-7 * scores.abs().amax() * tie).argmin())
+    return [int(i) for i in picked[best]]
 
-    owner = np.repeat(np.arange(len(costs)), [len(options) for options in costs])
-    table = np.array([cost for options in costs for cost in options], dtype=float)
-    one_each = (owner == np.arange(len(costs))[:, None]).astype(float)
-    # Numbers of like size: bytes and seconds differ by ten orders of magnitude.
-    scale = np.abs(table).max(0)
-    scale[scale == 0] = 1.0
-    scaled = table / scale
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for part, limit in enumerate(limits):
-        if math.isfinite(limit):
-            constraints.append(LinearConstraint(scaled[:, part], -np.inf, limit / scale[part]))
-    # Among equals the one with the least of everything.
-    target = scaled[:, minimise] + 1e-7 * scaled.clip(min=0).sum(1)
-    solution = milp(
-        target, integrality=np.ones(len(table)), bounds=Bounds(0, 1), constraints=constraints
-    )
-    if solution.x is None:
-        return None
-    starts = np.searchsorted(owner, np.arange(len(costs)))
-    return [int(np.argmax(solution.x[owner == i])) for i in range(len(starts))]
+
+def _best(points: Tensor) -> Tensor:
+    """Indices of the points that no other one beats in all coordinates; fewer where there are too many."""
+    n, dims = points.shape
+    order = torch.arange(n)
+    for column in reversed(range(dims)):
+        order = order[torch.argsort(points[order, column], stable=True)]
+    if dims == 1:
+        return order[:1]
+    if dims == 2:
+        second = points[order, 1]
+        before = torch.cat([second.new_full((1,), math.inf), second.cummin(0).values[:-1]])
+        order = order[second < before]
+    elif n <= _MOST:
+        p = points[order]
+        beaten = (p[None] <= p[:, None]).all(2) & torch.ones(n, n, dtype=torch.bool).tril(-1)
+        order = order[~beaten.any(1)]
+    return order if len(order) <= _MOST else order[_thinned(points[order])]
+
+
+def _thinned(points: Tensor) -> Tensor:
+    """Of each cell of a grid over all coordinates but the first, the point with the least first one."""
+    rest = points[:, 1:]
+    cells = int(_MOST ** (1 / rest.shape[1]))
+    low, high = rest.amin(0), rest.amax(0)
+    cell = ((rest - low) / (high - low).clamp(min=1e-300) * cells).long().clamp(max=cells - 1)
+    key = torch.zeros(len(points), dtype=torch.int64)
+    for column in cell.T:
+        key = key * cells + column
+    first = torch.full((cells ** rest.shape[1],), len(points))
+    first.scatter_reduce_(0, key, torch.arange(len(points)), "amin")  # points are in order
+    return first[first < len(points)].sort().values

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from backsketch.planning.plots.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from backsketch.planning.ledger.records import Ledger
 
-COLOURS = {"alone": "#9fb3c0", "in company": "#d1495b", "predicted": "#2b2d34"}
+COLOURS = {"isolated": "#9fb3c0", "joint": "#d1495b", "predicted": "#2b2d34"}
 
 
 def plot_ledger(ledger: Ledger) -> Figure:
-    """Left: variance per site, alone, in company and predicted. Right: growth in backward order."""
+    """Left: variance per site, isolated, joint and predicted. Right: growth in backward order."""
     height = 1.6 + 0.32 * len(ledger.sites)
-    figure = Figure(figsize=(10, max(height, 3.2)), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, and no global state of pyplot
+    figure = new_figure(10, max(height, 3.2))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     _bars(left, ledger)
     _growth(right, ledger)
@@ -32,24 +31,24 @@ def plot_ledger(ledger: Ledger) -> Figure:
 def _bars(axes: Axes, ledger: Ledger) -> None:
     scale = ledger.sgd_variance or 1.0
     at = range(len(ledger.sites))
-    company = [site.company / scale for site in ledger.sites]
-    errors = [2 * site.company_error / scale for site in ledger.sites]
+    joint = [site.joint / scale for site in ledger.sites]
+    errors = [2 * site.joint_error / scale for site in ledger.sites]
     axes.barh(
         [y - 0.2 for y in at],
-        [site.alone / scale for site in ledger.sites],
+        [site.isolated / scale for site in ledger.sites],
         height=0.38,
-        color=COLOURS["alone"],
-        label="alone",
+        color=COLOURS["isolated"],
+        label="isolated",
     )
     axes.barh(
         [y + 0.2 for y in at],
-        company,
+        joint,
         xerr=errors,
         height=0.38,
-        color=COLOURS["in company"],
-        label="in company",
+        color=COLOURS["joint"],
+        label="joint",
     )
-    predicted = [(y + 0.2, site.predicted_company) for y, site in zip(at, ledger.sites)]
+    predicted = [(y + 0.2, site.predicted_joint) for y, site in zip(at, ledger.sites)]
     known = [(y, value / scale) for y, value in predicted if value is not None]
     axes.plot(
         [value for _, value in known],
@@ -58,7 +57,7 @@ def _bars(axes: Axes, ledger: Ledger) -> None:
         markersize=11,
         markeredgewidth=2,
         color=COLOURS["predicted"],
-        label="predicted, in company",
+        label="predicted, joint",
     )
     axes.set_yticks(list(at), [site.name or "(model)" for site in ledger.sites])
     axes.invert_yaxis()
@@ -73,7 +72,7 @@ def _growth(axes: Axes, ledger: Ledger) -> None:
         [site.growth for site in ledger.sites],
         range(len(ledger.sites)),
         "o-",
-        color=COLOURS["in company"],
+        color=COLOURS["joint"],
         markersize=4,
     )
     axes.set_xlabel("second moment of the cotangent / exact")

@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from backsketch.planning.plots.figure import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from backsketch.planning.plan.plan import Plan
-    from backsketch.planning.profiling.records import Option, Profile, SlotProfile
+    from backsketch.planning.profiling.records import Option, ProfileData, SiteProfile
 
 __all__ = ["plot_profile"]
 
@@ -21,23 +23,14 @@ _TITLES = {
     "weights": "rows of the weight gradients",
 }
 _MARKERS = "osD^vP"
-_LEAST = 1e-4  # of extra variance: left of it nothing is told apart
+_LEFT_EDGE = 1e-4  # of extra variance: smaller ones are drawn there
 _CHOSEN = "#d1495b"
 
 
-def plot_profile(profile: Profile, plan: Plan | None) -> Figure:
-    """A panel per family of sketches; see :meth:`backsketch.planning.record.Profile.plot`."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a figure needs matplotlib: pip install 'backsketch[train]'"
-        ) from error
-
-    families = [f for f in _TITLES if any(o.family == f for s in profile.slots for o in s.options)]
-    figure = Figure(figsize=(4.2 * max(len(families), 1) + 1.6, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, and no global state of pyplot
+def plot_profile(profile: ProfileData, plan: Plan | None) -> Figure:
+    """A panel per family of sketches; see :meth:`backsketch.planning.Profile.plot`."""
+    families = [f for f in _TITLES if any(o.family == f for s in profile.sites for o in s.options)]
+    figure = new_figure(4.2 * max(len(families), 1) + 1.6, 4.4)
     panels = figure.subplots(1, max(len(families), 1), sharey=True, sharex=True, squeeze=False)[0]
     for axes, family in zip(panels, families):
         _panel(axes, profile, plan, family)
@@ -64,12 +57,12 @@ def plot_profile(profile: Profile, plan: Plan | None) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, profile: Profile, plan: Plan | None, family: str) -> None:
+def _panel(axes: Axes, profile: ProfileData, plan: Plan | None, family: str) -> None:
     seen: dict[str, int] = {}
-    for slot in profile.slots:
-        kind = _kind(slot)
+    for site in profile.sites:
+        kind = _kind(site)
         depth = seen[kind] = seen.get(kind, -1) + 1
-        options = [o for o in slot.options if o.family == family]
+        options = [o for o in site.options if o.family == family]
         if options:
             shade = 0.15 + 0.7 * depth / max(_count(profile, kind) - 1, 1)
             _line(axes, profile, options, _marker(_kinds(profile).index(kind)), shade)
@@ -83,16 +76,16 @@ def _panel(axes: Axes, profile: Profile, plan: Plan | None, family: str) -> None
     axes.grid(alpha=0.25, which="major")
 
 
-def _kind(slot: SlotProfile) -> str:
-    return slot.name.rpartition(".")[2] or "(model)"
+def _kind(site: SiteProfile) -> str:
+    return site.name.rpartition(".")[2] or "(model)"
 
 
-def _kinds(profile: Profile) -> list[str]:
-    return list(dict.fromkeys(_kind(s) for s in profile.slots))
+def _kinds(profile: ProfileData) -> list[str]:
+    return list(dict.fromkeys(_kind(s) for s in profile.sites))
 
 
-def _count(profile: Profile, kind: str) -> int:
-    return sum(_kind(s) == kind for s in profile.slots)
+def _count(profile: ProfileData, kind: str) -> int:
+    return sum(_kind(s) == kind for s in profile.sites)
 
 
 def _marker(kind: int) -> str:
@@ -100,12 +93,12 @@ def _marker(kind: int) -> str:
 
 
 def _line(
-    axes: Axes, profile: Profile, options: Sequence[Option], marker: str, shade: float
+    axes: Axes, profile: ProfileData, options: Sequence[Option], marker: str, shade: float
 ) -> None:
     from matplotlib import colormaps
 
     axes.plot(
-        [max(o.variance, _LEAST) for o in options],
+        [max(o.variance, _LEFT_EDGE) for o in options],
         [100 * o.seconds() / profile.step_seconds for o in options],
         color=colormaps["viridis"](shade),
         marker=marker,
@@ -114,9 +107,9 @@ def _line(
     )
 
 
-def _point(axes: Axes, profile: Profile, option: Option) -> None:
+def _point(axes: Axes, profile: ProfileData, option: Option) -> None:
     axes.plot(
-        [max(option.variance, _LEAST)],
+        [max(option.variance, _LEFT_EDGE)],
         [100 * option.seconds() / profile.step_seconds],
         "o",
         markersize=10,
@@ -128,7 +121,7 @@ def _point(axes: Axes, profile: Profile, option: Option) -> None:
 
 
 def _break_even(
-    axes: Axes, profile: Profile, across: tuple[float, float], along: tuple[float, float]
+    axes: Axes, profile: ProfileData, across: tuple[float, float], along: tuple[float, float]
 ) -> None:
     """Below this line a sketch alone shortens the time to a target."""
     beta = profile.noise_scale

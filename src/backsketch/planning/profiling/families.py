@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from backsketch.estimators import Quantized, Rows, Sketch, Split
-from backsketch.planning.profiling.sites import Slot
+from backsketch.planning.profiling.sites import Site
 from backsketch.regions import Region
 
 __all__ = ["FAMILIES", "FINE_LADDER", "LADDER", "REFERENCE", "Family"]
@@ -24,7 +24,7 @@ FINE_LADDER = (1.0, 0.95, *LADDER, 0.2, 0.16, 0.13, 0.1, 0.08, 0.06, 0.05)
 
 @dataclass(frozen=True)
 class Family:
-    """One way to sketch a slot.
+    """One way to sketch a site.
 
     ``noise`` names the family whose extra variance it shares; ``keeps`` is 1 alone where there is nothing to
     choose; ``times`` are the keeps at which it is timed, time being affine in keep. ``nested``: below a mask it
@@ -32,8 +32,8 @@ class Family:
     """
 
     name: str
-    rules: Callable[[Slot, float], dict[str, Sketch]]
-    fits: Callable[[Slot], bool]
+    rules: Callable[[Site, float], dict[str, Sketch]]
+    fits: Callable[[Site], bool]
     noise: str
     keeps: tuple[float, ...] = LADDER
     times: tuple[float, ...] = (0.75, 0.3)
@@ -41,28 +41,28 @@ class Family:
 
     @property
     def own_weights_only(self) -> bool:
-        """Whether its errors stay in the gradients of the slot's own weights."""
+        """Whether its errors stay in the gradients of the site's own weights."""
         return self.noise == self.name != "save"
 
 
-def _region(mode: str) -> Callable[[Slot, float], dict[str, Sketch]]:
-    def rules(slot: Slot, keep: float) -> dict[str, Sketch]:
-        assert slot.row_dims is not None
-        return {slot.name: Region(keep=keep, row_dims=slot.row_dims, mode=mode)}  # type: ignore[arg-type]
+def _region(mode: str) -> Callable[[Site, float], dict[str, Sketch]]:
+    def rules(site: Site, keep: float) -> dict[str, Sketch]:
+        assert site.row_dims is not None
+        return {site.name: Region(keep=keep, row_dims=site.row_dims, mode=mode)}  # type: ignore[arg-type]
 
     return rules
 
 
-def _on_layers(sketch: Callable[[float], Sketch]) -> Callable[[Slot, float], dict[str, Sketch]]:
-    return lambda slot, keep: {name: sketch(keep) for name in slot.layers}
+def _on_layers(sketch: Callable[[float], Sketch]) -> Callable[[Site, float], dict[str, Sketch]]:
+    return lambda site, keep: {name: sketch(keep) for name in site.layers}
 
 
-def _can_be_region(slot: Slot) -> bool:
-    return slot.row_dims is not None
+def _can_be_region(site: Site) -> bool:
+    return site.row_dims is not None
 
 
-def _has_layers(slot: Slot) -> bool:
-    return bool(slot.layers)
+def _has_layers(site: Site) -> bool:
+    return bool(site.layers)
 
 
 def _weights(keep: float) -> Sketch:

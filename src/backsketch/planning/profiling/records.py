@@ -7,24 +7,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+__all__ = ["MaskOption", "Option", "ProfileData", "SiteProfile"]
 
-    from backsketch.planning.plan.plan import Plan
-
-__all__ = ["MaskOption", "Option", "Profile", "SlotProfile"]
+P = TypeVar("P", bound="ProfileData")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One sketch at one slot, relative to leaving it exact.
+    """One sketch at one site, relative to leaving it exact.
 
     ``fixed_seconds + live_seconds`` is the change of a step's time; the second part shrinks with the
     fraction of rows that a mask above leaves, if the sketch is ``nested``: if it keeps a fraction of those
     rows, not of all. ``variance`` is in units of SGD's at this batch size, ``masked`` the same below each of
-    the profile's masks.
+    the profile's masks. ``error_seconds`` is the standard error of the change of time.
     """
 
     family: str
@@ -36,10 +33,11 @@ class Option:
     saved_bytes: int
     nested: bool = True
     masked: tuple[float, ...] = ()
+    error_seconds: float = 0.0
 
     @property
     def is_region(self) -> bool:
-        """Whether its noise travels on to the places below."""
+        """Whether its noise travels on to the sites below."""
         return self.family in ("save", "recompute")
 
     def seconds(self, live: float = 1.0) -> float:
@@ -49,11 +47,11 @@ class Option:
 
 
 @dataclass(frozen=True)
-class SlotProfile:
-    """A place and what can be put there.
+class SiteProfile:
+    """A site and what can be put there.
 
-    ``arriving``: by how much a unit of extra variance at another place, in a region there, adds to the errors made
-    here, relative.
+    ``arriving``: by how much a unit of extra variance at another site, in a region there, adds to the errors made
+    here, relative. ``backward_seconds``: of its exact backward pass; None where it was not measured.
     """
 
     name: str
@@ -62,6 +60,14 @@ class SlotProfile:
     layers: tuple[str, ...]
     options: tuple[Option, ...]
     arriving: Mapping[str, float] = field(default_factory=dict)
+    backward_seconds: float | None = None
+
+    def seconds(self, option: Option, live: float = 1.0) -> float:
+        """Change of a step's time by an option here, which saves no more than the part that is not computed."""
+        if self.backward_seconds is None:
+            return option.seconds(live)
+        left_out = 1.0 if option.keep == 1 else 1 - option.keep * live
+        return max(option.seconds(live), -self.backward_seconds * left_out)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,11 @@ class MaskOption:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Time, bytes and extra variance per place, and SGD's own noise.
+class ProfileData:
+    """Time, bytes and extra variance per site, and SGD's own noise.
 
     Attributes:
-        slots: places with their options.
+        sites: with their options.
         masks: masks on the output, empty where the output is not one tensor.
         step_seconds: an exact step, forward and backward, without the optimizer.
         saved_bytes: what an exact step keeps for the backward.
@@ -86,9 +92,10 @@ class Profile:
         sgd_variance: of the minibatch gradient.
         device: where it was measured.
         torch: the version of PyTorch.
+        forward_seconds: of the exact step, which no sketch saves; None where it was not measured.
     """
 
-    slots: tuple[SlotProfile, ...]
+    sites: tuple[SiteProfile, ...]
     masks: tuple[MaskOption, ...]
     step_seconds: float
     saved_bytes: int
@@ -96,93 +103,44 @@ class Profile:
     sgd_variance: float
     device: str
     torch: str
+    forward_seconds: float | None = None
 
-    def plan(
-        self,
-        objective: str = "time",
-        max_extra_variance: float | None = None,
-        max_saved_bytes: float | None = None,
-        max_time: float | None = None,
-    ) -> Plan:
-        """Choose a sketch for every place.
-
-        Args:
-            objective: ``"time"`` minimises the predicted time to a target relative to exact training
-                (:func:`backsketch.theory.time_to_target_ratio`); ``"memory"`` the saved bytes;
-                ``"variance"`` the extra variance, for which a limit on time or bytes is needed.
-            max_extra_variance: at most this, in units of SGD's variance. For ``"memory"`` 0.1 by default.
-            max_saved_bytes: at most this many bytes.
-            max_time: a step takes at most this fraction of an exact one. For ``"memory"`` 1.1 by default.
-
-        Returns:
-            A :class:`Plan`, the exact one where nothing beats exact training or a smaller batch.
-
-        Raises:
-            ValueError: an unknown objective, a limit that is not positive, limits that no plan meets.
-        """
-        from backsketch.planning.plan.plan import make_plan
-
-        return make_plan(self, objective, max_extra_variance, max_saved_bytes, max_time)
-
-    def predict(self, rules: Mapping[str, object]) -> Plan:
-        """The plan that these rules are, with its bill.
-
-        Args:
-            rules: patterns and sketches as a plan spells them (``plan.texts``): a place with one of its options
-                for each, and ``""`` for a mask on the output.
-
-        Raises:
-            ValueError: a rule is none of the profile's options.
-
-        Example:
-            ``profile.predict({"": "mask:keep=0.8", "blocks.0.mlp": "region:keep=0.5,row_dims=2"}).predicted``
-        """
-        from backsketch.planning.plan.plan import plan_of
-
-        return plan_of(self, rules)
-
-    def plot(self, plan: Plan | None = None) -> Figure:
-        """A matplotlib figure: time against extra variance, a line over the keeps for each place.
-
-        Args:
-            plan: its choices are marked.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is missing; it is in the extra ``backsketch[train]``.
-        """
-        from backsketch.planning.plots.profile import plot_profile
-
-        return plot_profile(self, plan)
+    @property
+    def least_ratio(self) -> float:
+        """The part of an exact step that no sketch saves: the forward pass, a third where it was not measured."""
+        if self.forward_seconds is None:
+            return 1 / 3
+        return min(self.forward_seconds / self.step_seconds, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Profile:
+    def from_dict(cls: type[P], plain: Mapping[str, Any]) -> P:
         """The inverse of :meth:`to_dict`."""
-        slots = tuple(
-            SlotProfile(
+        sites = tuple(
+            SiteProfile(
                 **{
-                    **slot,
-                    "layers": tuple(slot["layers"]),
+                    **site,
+                    "layers": tuple(site["layers"]),
                     "options": tuple(
                         Option(**{**o, "masked": tuple(o.get("masked", ()))})
-                        for o in slot["options"]
+                        for o in site["options"]
                     ),
                 }
             )
-            for slot in plain["slots"]
+            for site in plain["sites"]
         )
         masks = tuple(MaskOption(**mask) for mask in plain["masks"])
-        return cls(**{**plain, "slots": slots, "masks": masks})
+        return cls(**{**plain, "sites": sites, "masks": masks})
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Profile:
+    def load(cls: type[P], path: str | Path) -> P:
         """Read what :meth:`save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text()))
 
@@ -190,13 +148,13 @@ class Profile:
         lines = [
             f"exact step {1e3 * self.step_seconds:.1f} ms, {self.saved_bytes / 2**20:.1f} MiB saved, noise scale "
             f"{self.noise_scale:.3g} ({self.device}, torch {self.torch})",
-            f"{'place':<28} {'sketch':<12} {'keep':>5} {'step':>8} {'ω':>8} {'saved MiB':>10}",
+            f"{'site':<28} {'sketch':<12} {'keep':>5} {'step':>8} {'ω':>8} {'saved MiB':>10}",
         ]
-        for slot in self.slots:
-            for option in slot.options:
+        for site in self.sites:
+            for option in site.options:
                 if option.keep in (0.5, 1.0):
                     lines.append(
-                        f"{slot.name or '(model)':<28} {option.family:<12} {option.keep:>5g} "
+                        f"{site.name or '(model)':<28} {option.family:<12} {option.keep:>5g} "
                         f"{100 * option.seconds() / self.step_seconds:>+7.1f}% {option.variance:>8.4f} "
                         f"{option.saved_bytes / 2**20:>+10.2f}"
                     )

@@ -2,13 +2,12 @@
 
 A *residual branch* is a module whose output goes straight into an addition; sketching it leaves the identity
 path exact. Rows of a branch are tokens if a region over tokens proves itself, else samples, else the
-branch is no region. Layers outside of branches are slots of their own. Slots of one class and size are *alike*:
+branch is no region. Layers outside of branches are sites of their own. Sites of one class and size are *alike*:
 the first stands for the others wherever that is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +17,22 @@ from torch import Tensor, nn
 from backsketch.convert import restore_, sketch_
 from backsketch.estimators import Rows, Split
 from backsketch.nn.registry import adapter_of, is_small, refusal
-from backsketch.planning.measure.calls import Call, Calls, replay, tensors_of, watching
-from backsketch.planning.measure.passes import checked
+from backsketch.planning.measure.passes import LossFn, checked
+from backsketch.planning.measure.recorder import Call, Calls, rerun, tensors_of, watching
 from backsketch.regions import Region, state_of
 from backsketch.torch_private import pytree
 from backsketch.untouched import repeatable
 
-__all__ = ["Slot", "find_slots"]
+__all__ = ["Site", "find_sites", "is_inside"]
 
 _WEIGHTS = Split(grad_weight=Rows(keep=0.5))
 
-LossFn = Callable[[nn.Module, Any], Tensor]
-
 
 @dataclass(frozen=True)
-class Slot:
+class Site:
     """A module for which one sketch is chosen.
 
-    ``row_dims`` is None where it cannot be a region; ``like`` is the first slot of its class and sizes.
+    ``row_dims`` is None where it cannot be a region; ``like`` is the first site of its class and sizes.
     """
 
     name: str
@@ -45,8 +42,8 @@ class Slot:
     like: str
 
 
-def find_slots(model: nn.Module, batch: Any, loss_fn: LossFn) -> list[Slot]:
-    """The slots of a model, in the order of ``named_modules``.
+def find_sites(model: nn.Module, batch: Any, loss_fn: LossFn[Any]) -> list[Site]:
+    """The sites of a model, in the order of ``named_modules``.
 
     Args:
         model: without sketches, in training mode. Its buffers are left as they were.
@@ -59,9 +56,9 @@ def find_slots(model: nn.Module, batch: Any, loss_fn: LossFn) -> list[Slot]:
         branches = _branches(model, calls, loss)
         if not branches and calls[""] and _row_dims(model, "", calls[""][0]):
             return [
-                Slot("", "model", 1, _layers(model, ""), "")
+                Site("", "model", 1, _layers(model, ""), "")
             ]  # a plain chain is best sketched as one
-        inside = {n for b in branches for n, _ in model.named_modules() if _below(n, b)}
+        inside = {n for b in branches for n, _ in model.named_modules() if is_inside(n, b)}
         alone = [
             name
             for name, module in model.named_modules()
@@ -71,18 +68,18 @@ def find_slots(model: nn.Module, batch: Any, loss_fn: LossFn) -> list[Slot]:
         return _described(model, [n for n, _ in model.named_modules() if n in chosen], alone, calls)
 
 
-def _described(model: nn.Module, names: list[str], alone: list[str], calls: Calls) -> list[Slot]:
+def _described(model: nn.Module, names: list[str], alone: list[str], calls: Calls) -> list[Site]:
     first: dict[Any, str] = {}
     dims: dict[str, int | None] = {}
-    slots = []
+    sites = []
     for name in names:
         layer = name in alone
         like = first.setdefault(_sizes(model.get_submodule(name), calls[name][0]), name)
         if like == name:
             dims[name] = None if layer else _row_dims(model, name, calls[name][0])
         layers = (name,) if layer else _layers(model, name)
-        slots.append(Slot(name, "layer" if layer else "branch", dims[like], layers, like))
-    return [s for s in slots if s.layers or s.row_dims]
+        sites.append(Site(name, "layer" if layer else "branch", dims[like], layers, like))
+    return [s for s in sites if s.layers or s.row_dims]
 
 
 def _sizes(module: nn.Module, call: Call) -> Any:
@@ -93,12 +90,13 @@ def _sizes(module: nn.Module, call: Call) -> Any:
     return parts, inputs, sizes
 
 
-def _below(name: str, top: str) -> bool:
+def is_inside(name: str, top: str) -> bool:
+    """Whether a module is another one or inside it, by their qualified names."""
     return not top or name == top or name.startswith(f"{top}.")
 
 
 def _layers(model: nn.Module, top: str) -> tuple[str, ...]:
-    return tuple(n for n, m in model.named_modules() if _below(n, top) and _is_worth_it(m))
+    return tuple(n for n, m in model.named_modules() if is_inside(n, top) and _is_worth_it(m))
 
 
 def _is_worth_it(module: nn.Module) -> bool:
@@ -173,7 +171,7 @@ def _row_dims(model: nn.Module, name: str, call: Call) -> int | None:
         except ValueError:  # batch statistics, say: refused before anything runs
             continue
         try:
-            replay(module, call)
+            rerun(module, call)
             if state_of(module).status == "active":
                 return dims
         finally:
