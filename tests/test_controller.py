@@ -152,6 +152,10 @@ def timed_layers() -> Profile:
         (bs.Rows(keep=0.5), 1 - 0.2 * 0.5),  # both products: half of the layer's backward pass
         (bs.Columns(keep=0.5), 1 - 0.2 * 0.5),
         (bs.StoredRows(keep=0.5), 1 - 0.1 * 0.5),  # one of two products
+        (
+            bs.Int8(sketch=bs.Rows(keep=0.5)),
+            1 - 0.2 * 0.25 * 0.5,
+        ),  # a keep of products that cost a quarter
         (bs.Split(grad_input=bs.Rows(keep=0.5)), 1 - 0.1 * 0.5),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +85,15 @@ class Int8(Estimator):
     @property
     def saves_memory(self) -> bool:  # type: ignore[override]
         return self.save or (self.sketch is not None and self.sketch.saves_memory)
+
+    def movable_keep(self) -> float | None:
+        return None if self.sketch is None else self.sketch.movable_keep()
+
+    def with_keep(self, keep: float) -> Int8:
+        return self if self.sketch is None else Int8(self.sketch.with_keep(keep), self.save)
+
+    def chooses(self) -> Literal["rows", "columns", "stored rows"] | None:
+        return None if self.sketch is None else self.sketch.chooses()
 
     def is_exact(self) -> bool:
         return False
