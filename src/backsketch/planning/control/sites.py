@@ -18,7 +18,6 @@ from backsketch.planning.measure.recorder import listen, tensors_of
 from backsketch.planning.measure.rows import RowCurve, column_scores, layer_scores, row_curve
 from backsketch.regions import Mask, Region
 from backsketch.regions.rows import scores
-from backsketch.torch_private import pytree
 
 __all__ = ["MovableSite", "Watch", "movable_sites", "weight_layers"]
 

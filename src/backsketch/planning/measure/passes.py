@@ -20,7 +20,6 @@ from backsketch.nn.swap import is_swapped, sketch_of, switched
 from backsketch.planning.measure.recorder import listen, tensors_of
 from backsketch.regions import RegionModule
 from backsketch.sampling import Keys, keyed
-from backsketch.torch_private import pytree
 from backsketch.untouched import repeatable
 
 __all__ = [
