@@ -6,15 +6,18 @@ linear layers, convolutions and attention projections alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from backsketch.sampling import is_readable, operator
+
 if TYPE_CHECKING:
     from backsketch.products import Source
 
-__all__ = ["Bilinear", "energy", "gather_scaled", "norms", "scatter_rows"]
+__all__ = ["Bilinear", "energy", "gather_scaled", "norms", "scale_free", "scatter", "unit"]
 
 
 class Bilinear:
@@ -109,7 +112,7 @@ class Bilinear:
     ) -> Tensor:
         """``weight_vjp`` with only the chosen columns computed, each times its weight."""
         part = self.weight_vjp(gather_scaled(cotangent, 1, indices, weights), x)
-        return scatter_rows(part, indices, cotangent.shape[1])
+        return scatter(part, 0, indices, cotangent.shape[1])
 
     def column_gram(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         """``(columns, columns)`` inner products of the columns' contributions to ``grad_input``."""
@@ -129,13 +132,59 @@ def gather_scaled(tensor: Tensor, dim: int, indices: Tensor, weights: Tensor) ->
     """The chosen slices of ``tensor`` along ``dim``, each multiplied by its weight."""
     shape = [1] * tensor.ndim
     shape[dim] = -1
-    # In place on the fresh copy: one allocation less.
-    return tensor.index_select(dim, indices).mul_(weights.to(tensor.dtype).view(shape))
+    # In place on the fresh copy, which saves an allocation. The weights keep their precision: in 16 bits
+    # their rounding would be an error common to all draws.
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.index_select(dim, indices).mul_(weights.to(wide).view(shape))
 
 
-def scatter_rows(part: Tensor, indices: Tensor, n: int) -> Tensor:
-    """Put the rows of ``part`` at ``indices`` of an otherwise zero tensor of ``n`` rows."""
-    return part.new_zeros((n, *part.shape[1:])).index_add(0, indices, part)
+def _scatter_impl(part: Tensor, dim: int, indices: Tensor, n: int) -> Tensor:
+    return _zeros(part, dim, n).index_add_(dim, indices, part)
+
+
+def _zeros(part: Tensor, dim: int, n: int) -> Tensor:
+    return part.new_zeros((*part.shape[:dim], n, *part.shape[dim + 1 :]))
+
+
+# An operator that compilers do not look into: the code that inductor generates for an accumulating scatter
+# writes to wrong addresses for some strides (docs/upstream/inductor-index-add.md).
+_scatter = operator(
+    "scatter(Tensor part, int dim, Tensor indices, SymInt n) -> Tensor",
+    _scatter_impl,
+    lambda part, dim, indices, n: _zeros(part, dim, n),
+)
+
+
+def scatter(part: Tensor, dim: int, indices: Tensor, n: int) -> Tensor:
+    """Put the slices of ``part`` along ``dim`` at ``indices`` of an otherwise zero tensor with ``n`` slices."""
+    return _scatter(part, dim, indices, n)
+
+
+def scale_free(scores: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return ``scores(*tensors)`` up to a common positive factor, for tensors of any magnitude.
+
+    Scores are norms, and squares leave the range of float32 where entries are below 1e-22 or above 1e19.
+    The tensors are then divided by their largest entries first. Where the scores cannot be read without
+    waiting for a device or breaking a compiler's graph, that is always done.
+
+    Args:
+        scores: a function that is homogeneous in each tensor; it returns ``(n,)``, non-negative.
+        tensors: its arguments.
+    """
+    if is_readable(*tensors):
+        plain = scores(*tensors)
+        if plain.numel() == 0 or 1e-10 < float(plain.max()) < 1e17:
+            return plain
+    return scores(*map(unit, tensors))
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 or better, divided by its largest absolute entry."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if wide.numel() == 0:
+        return wide
+    largest = wide.abs().amax()
+    return wide / torch.where(largest > 0, largest, 1.0)
 
 
 def energy(cotangent: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from backsketch.estimators.base import Estimator, check_choice, register
-from backsketch.estimators.bilinear import Bilinear, energy, norms
+from backsketch.estimators.bilinear import Bilinear, energy, norms, scale_free
 from backsketch.estimators.rows import SCORES, sampled_variance, simple_scores
 from backsketch.sampling import DESIGNS, Sample, draw, num_kept
 
@@ -79,18 +79,25 @@ class Columns(Estimator):
 
     def input_scores(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         """``(columns,)`` scores of the draw for ``grad_input``."""
-        if self.scores == "optimal":
-            per_channel = energy(cotangent).sum(0) * norms(weight).square()
-            return op.by_column(per_channel, 0).sqrt()
-        return self._simple_scores(op, cotangent)
+        if self.scores != "optimal":
+            return self._simple_scores(op, cotangent)
+
+        def scores(g: Tensor, w: Tensor) -> Tensor:
+            return op.by_column(energy(g).sum(0) * norms(w).square(), 0).sqrt()
+
+        return scale_free(scores, cotangent, weight)
 
     def weight_scores(self, op: Bilinear, cotangent: Tensor, x: Tensor) -> Tensor:
         """``(columns,)`` scores of the draw for ``grad_weight``."""
-        if self.scores == "optimal":
+        if self.scores != "optimal":
+            return self._simple_scores(op, cotangent)
+
+        def scores(g: Tensor, x: Tensor) -> Tensor:
             size = energy(x)
             size = op.by_column(size, 1) if op.groups > 1 else size.sum(1, keepdim=True)
-            return (op.by_column(energy(cotangent), 1) * size).sum(0).sqrt()
-        return self._simple_scores(op, cotangent)
+            return (op.by_column(energy(g), 1) * size).sum(0).sqrt()
+
+        return scale_free(scores, cotangent, x)
 
     def _simple_scores(self, op: Bilinear, cotangent: Tensor) -> Tensor:
         if op.groups > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from backsketch.estimators.base import Estimator, register
@@ -12,6 +14,8 @@ from backsketch.sampling import uniform_like
 from backsketch.theory import variance
 
 __all__ = ["Elements"]
+
+_RESOLUTION = 2**24  # uniform numbers in float32 are multiples of its inverse
 
 
 @register("elements")
@@ -32,7 +36,7 @@ class Elements(Estimator):
     to squared tensors, because one entry of G meets each entry of the target at most once.
 
     Args:
-        keep: the probability p, in (0, 1].
+        keep: the probability p, in (0, 1]; p is rounded up to a multiple of 2^-24.
 
     Raises:
         ValueError: ``keep`` outside (0, 1].
@@ -42,13 +46,19 @@ class Elements(Estimator):
 
     keep: float
 
+    @property
+    def probability(self) -> float:
+        """``keep``, rounded up to what comparing it with a uniform number of 24 bits amounts to."""
+        return math.ceil(self.fraction * _RESOLUTION) / _RESOLUTION
+
     def _mask(self, cotangent: Tensor, seed: Tensor) -> Tensor:
-        if self.fraction == 1:
+        p = self.probability
+        if p == 1:
             return cotangent
+        wide = torch.promote_types(cotangent.dtype, torch.float32)
+        mask = (uniform_like(cotangent, seed) < p).to(wide) / p
         # A product, not a selection: NaN and Inf survive the mask's zeros.
-        return cotangent * (
-            (uniform_like(cotangent, seed) < self.fraction).to(cotangent.dtype) / self.fraction
-        )
+        return (cotangent * mask).to(cotangent.dtype)
 
     def estimate_input(
         self, op: Bilinear, cotangent: Tensor, weight: Tensor, seed: Tensor
@@ -61,7 +71,11 @@ class Elements(Estimator):
         return op.weight_vjp(self._mask(cotangent, seed), op.rows(stored[0]))
 
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
-        return variance.elements(self.keep, op.input_vjp(cotangent.square(), weight.square()))
+        return variance.elements(
+            self.probability, op.input_vjp(cotangent.square(), weight.square())
+        )
 
     def weight_variance(self, op: Bilinear, cotangent: Tensor, x: Tensor) -> Tensor:
-        return variance.elements(self.keep, op.weight_vjp(cotangent.square(), op.rows(x).square()))
+        return variance.elements(
+            self.probability, op.weight_vjp(cotangent.square(), op.rows(x).square())
+        )

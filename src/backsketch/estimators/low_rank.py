@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backsketch.estimators.base import Estimator, check_choice, nonfinite, register
-from backsketch.estimators.bilinear import Bilinear
+from backsketch.estimators.bilinear import Bilinear, unit
 from backsketch.estimators.columns import Columns
 from backsketch.sampling import draw, num_kept, signs
 from backsketch.theory import variance
@@ -109,7 +109,9 @@ class LowRank(Estimator):
         if op.groups > 1 or rank >= d or cotangent.numel() == 0:
             return None
         g = cotangent.movedim(1, -1).reshape(-1, d)
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        g = unit(
+            g
+        )  # the basis does not depend on the scale, and the square of a large entry overflows
         omega = signs(g, d, q, seed, 2)
         return torch.linalg.qr(g.T @ (g @ omega)).Q.to(cotangent.dtype)
 

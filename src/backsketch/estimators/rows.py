@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from backsketch.estimators.base import Estimator, check_choice, register
-from backsketch.estimators.bilinear import Bilinear, energy, gather_scaled, norms, scatter_rows
+from backsketch.estimators.bilinear import (
+    Bilinear,
+    energy,
+    gather_scaled,
+    norms,
+    scale_free,
+    scatter,
+)
 from backsketch.sampling import (
     DESIGNS,
     Sample,
@@ -76,7 +83,7 @@ class Rows(Estimator):
             return op.input_vjp(cotangent, weight)
         kept = self._draw(self.input_scores(cotangent, weight), seed, 0)
         part = op.input_vjp(gather_scaled(cotangent, 0, *kept), weight)
-        return scatter_rows(part, kept.indices, n)
+        return scatter(part, 0, kept.indices, n)
 
     def estimate_weight(
         self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...], seed: Tensor
@@ -99,13 +106,15 @@ class Rows(Estimator):
     def input_scores(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         """``(rows,)`` scores of the draw for ``grad_input``."""
         if self.scores == "optimal":
-            return (energy(cotangent) @ norms(weight).square()).sqrt()
+            return scale_free(
+                lambda g, w: (energy(g) @ norms(w).square()).sqrt(), cotangent, weight
+            )
         return simple_scores(cotangent, 0, self.scores)
 
     def weight_scores(self, cotangent: Tensor, x: Tensor) -> Tensor:
         """``(rows,)`` scores of the draw for ``grad_weight``."""
         if self.scores == "optimal":
-            return norms(cotangent) * norms(x)
+            return scale_free(lambda g, x: norms(g) * norms(x), cotangent, x)
         return simple_scores(cotangent, 0, self.scores)
 
     def chooses(self) -> Literal["rows"] | None:
@@ -130,7 +139,8 @@ def simple_scores(cotangent: Tensor, dim: int, kind: str) -> Tensor:
     """Norms of the slices of the cotangent, or ones; NaN or Inf where a slice is not finite."""
     if kind == "uniform":
         return norms(cotangent, dim, 1) * 0 + 1
-    return norms(cotangent, dim, {"l1": 1, "l2": 2}[kind])
+    order = {"l1": 1, "l2": 2}[kind]
+    return scale_free(lambda g: norms(g, dim, order), cotangent)
 
 
 def sampled_variance(

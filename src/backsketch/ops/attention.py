@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from backsketch.estimators import Estimator
 from backsketch.ops.double_backward import without_double_backward
+from backsketch.ops.function import as_own_tensor
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
@@ -127,7 +128,7 @@ class _SavedInBits(Function):
         q, k = q.contiguous(), k.contiguous()
         p = _probabilities(q, k, mask, is_causal, factor)
         packed = [rounding.pack(t, seed, stream) for stream, t in enumerate((p, q, k, v, out))]
-        return out, *(part for pair in packed for part in pair)
+        return as_own_tensor(out), *(part for pair in packed for part in pair)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backsketch.estimators import Bilinear, Estimator
-from backsketch.estimators.bilinear import gather_scaled
+from backsketch.estimators.bilinear import gather_scaled, scatter
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
 from backsketch.ops.linear import Linear, check_estimator
@@ -104,9 +104,7 @@ class Conv2d(Bilinear):
     def _place(self, part: Tensor, dim: int, indices: Tensor) -> Tensor:
         """Undo :meth:`_choose`: the channels of the other groups are zero."""
         blocks = part.unflatten(dim, (indices.shape[0], -1))
-        shape = list(blocks.shape)
-        shape[dim] = self.groups
-        return blocks.new_zeros(shape).index_add(dim, indices, blocks).flatten(dim, dim + 1)
+        return scatter(blocks, dim, indices, self.groups).flatten(dim, dim + 1)
 
     def _input_vjp(self, cotangent: Tensor, weight: Tensor, groups: int) -> Tensor:
         shape = (cotangent.shape[0], weight.shape[1] * groups, *self.spatial)

@@ -13,7 +13,7 @@ from backsketch.estimators.base import Gradients
 from backsketch.ops.double_backward import without_double_backward
 from backsketch.sampling import next_seed
 
-__all__ = ["apply"]
+__all__ = ["apply", "as_own_tensor"]
 
 
 def apply(
@@ -41,6 +41,15 @@ def _store(op: Bilinear, x: Tensor, weight: Tensor, estimator: Estimator) -> tup
     return estimator.store(op, x, seed)
 
 
+def as_own_tensor(y: Tensor) -> Tensor:
+    """Return ``y`` as a tensor that is nobody's view, without a copy.
+
+    PyTorch computes some layers as a view of something else, a Linear of a 3-D input for example. Autograd
+    does not let such an output of a Function be changed in place, as an in-place activation would.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 class _SketchedLayer(Function):
     generate_vmap_rule = True
 
@@ -53,7 +62,7 @@ class _SketchedLayer(Function):
         bias: Tensor | None,
         *stored: Tensor,
     ) -> Tensor:
-        return op.forward(x, weight, bias)
+        return as_own_tensor(op.forward(x, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd import Function
 from torch.nn import functional as F
 
@@ -155,8 +156,11 @@ class GroupNorm(ChannelNorm):
     ) -> Stats:
         n, channels = x.shape[:2]
         positions = math.prod(x.shape[2:])
+        # As F.group_norm does it: on the CPU the result has the memory format of the input.
+        layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
         return torch.native_group_norm(
-            x.contiguous(), weight, bias, n, channels, positions, self.groups, self.eps
+            x, weight, bias, n, channels, positions, self.groups, self.eps
         )
 
     def shared(self, per_row: Tensor) -> Tensor:

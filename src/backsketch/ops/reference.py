@@ -73,8 +73,8 @@ def _exact(_: Any, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, *__: Tensor) -
 def _elements(
     e: Elements, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, _: Tensor
 ) -> Products:
-    mask = (uniform_like(g, s) < e.keep).to(g.dtype)
-    masked = g * mask / e.keep
+    mask = (uniform_like(g, s) < e.probability).to(g.dtype)
+    masked = g * mask / e.probability
     return op.input_vjp(masked, w), op.weight_vjp(masked, op.rows(x))
 
 

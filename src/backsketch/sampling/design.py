@@ -7,11 +7,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from backsketch.sampling.stream import generator_of, unit
 from backsketch.torch_private import is_functorch_wrapped
 
-__all__ = ["DESIGNS", "FIXED_SIZE", "few", "inclusion_probabilities", "num_kept", "num_live_kept"]
+__all__ = [
+    "DESIGNS",
+    "FIXED_SIZE",
+    "few",
+    "inclusion_probabilities",
+    "is_readable",
+    "num_kept",
+    "num_live_kept",
+]
 
 _SORT_UP_TO = 1024  # on the CPU; above, linear passes that look at their result are faster
 
@@ -29,13 +38,15 @@ def num_live_kept(scores: Tensor, keep: float) -> int:
     mask, say, may be drawn for nothing.
     """
     k = num_kept(scores.shape[0], keep)
-    countable = (
-        scores.device.type == "cpu"
-        and type(scores) is Tensor
-        and not torch.compiler.is_compiling()
-        and not is_functorch_wrapped(scores)
+    return max(1, min(k, int(torch.count_nonzero(scores)))) if is_readable(scores) else k
+
+
+def is_readable(*tensors: Tensor) -> bool:
+    """Whether Python may look at the values: in eager code on the CPU, where that waits for nothing."""
+    return not torch.compiler.is_compiling() and all(
+        t.device.type == "cpu" and type(t) in (Tensor, Parameter) and not is_functorch_wrapped(t)
+        for t in tensors
     )
-    return max(1, min(k, int(torch.count_nonzero(scores)))) if countable else k
 
 
 def inclusion_probabilities(scores: Tensor, k: int, floor: float = 0.0) -> Tensor:
