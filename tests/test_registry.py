@@ -16,6 +16,7 @@ from torch import nn
 import backsketch as bs
 from backsketch.estimators.base import Estimator, Sketch, registered
 from backsketch.nn import registry
+from backsketch.ops import reference
 from cases import ADAPTED, ESTIMATORS, FAMILIES, linear
 from chain_cases import CHAIN, made
 from helpers import ROOT
@@ -42,6 +43,8 @@ def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
             lacks.append("a proof test: a row in ESTIMATORS of tests/cases.py")
         if cls not in {type(e) for e in FAMILIES}:
             lacks.append("the expensive tests: a row in FAMILIES of tests/cases.py")
+        if cls not in reference._TWINS:
+            lacks.append("a slow twin: a row in _TWINS of ops/reference.py")
         if cls not in MUTATIONS:
             lacks.append("a mutation: a row in MUTATIONS of tests/mutations.py")
     if not (PAGES / f"{name}.md").is_file():
@@ -94,6 +97,7 @@ def test_an_unfinished_estimator_is_told_what_it_lacks():
     assert [text.split(":")[0] for text in lacks] == [
         "a proof test",
         "the expensive tests",
+        "a slow twin",
         "a mutation",
         "a page",
         "an export in backsketch/__init__.py",
