@@ -25,7 +25,9 @@ def make_app() -> typer.Typer:
     import typer
 
     from backsketch.commands.bench import bench_command
+    from backsketch.commands.doctor import doctor_command
     from backsketch.commands.profile import profile_command
+    from backsketch.commands.root import root_command
     from backsketch.commands.sweep import report_command, sweep_command
     from backsketch.commands.train import train_command
 
@@ -36,17 +38,14 @@ def make_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.callback()(_commands)
+    app.callback()(root_command)
     app.command("train")(train_command)
     app.command("profile")(profile_command)
     app.command("bench")(bench_command)
     app.command("sweep")(sweep_command)
     app.command("report")(report_command)
+    app.command("doctor")(doctor_command)
     return app
-
-
-def _commands() -> None:
-    """Cheaper training with unbiased, randomized backward passes."""
 
 
 def main() -> None:

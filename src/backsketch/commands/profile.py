@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backsketch.commands.guard import told
+from backsketch.files import make_folder, write_whole
 from backsketch.models import build
 from backsketch.planning import profile
-from backsketch.train.errors import TrainError
 from backsketch.train.images import ImageData
 from backsketch.train.load import load_data
 
@@ -40,8 +41,7 @@ def profile_command(
     ] = None,
 ) -> None:
     """Measure what sketches would cost and save, and print the best plan, or why there is none."""
-    console = Console(stderr=True)
-    try:
+    with told("stopped", ValueError, OSError):
         images = load_data(data)
         torch.manual_seed(seed)
         network = build(model, images.image_shape, images.num_classes).to(device)
@@ -51,15 +51,14 @@ def profile_command(
         typer.echo(str(found))
         limit = None if max_saved_mib is None else max_saved_mib * 2**20
         plan = found.plan(objective, max_extra_variance, limit, max_time)
-    except (TrainError, ValueError) as error:
-        console.print(f"[bold red]error:[/] {error}", markup=True, highlight=False)
-        raise typer.Exit(2) from None
-    typer.echo(f"\nthe plan for {objective}:\n{plan}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        found.save(out)
-        found.plot(plan).savefig(out.with_suffix(".png"), dpi=150)
-        console.print(f"written: {out} and {out.with_suffix('.png').name}", highlight=False)
+        typer.echo(f"\nthe plan for {objective}:\n{plan}")
+        if out is not None:
+            make_folder(out.parent)
+            found.save(out)
+            figure = io.BytesIO()
+            found.plot(plan).savefig(figure, format="png", dpi=150)
+            write_whole(out.with_suffix(".png"), figure.getvalue())
+            typer.echo(f"written: {out} and {out.with_suffix('.png').name}", err=True)
 
 
 def _loss(model: nn.Module, batch: Pair) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from backsketch.commands.guard import told
 from backsketch.experiments.config import SweepConfig, SweepError
 
 __all__ = ["report_command", "sweep_command"]
@@ -28,7 +26,7 @@ def sweep_command(
 ) -> None:
     """Run grids of small experiments. What has a result is not run again: interrupt it, continue it."""
     failures = []
-    with _told():
+    with told("stopped; finished jobs are kept: the same command continues"):
         from backsketch.experiments.sweep import run_sweep
 
         if data is not None and not data.is_dir():
@@ -41,6 +39,7 @@ def sweep_command(
                 f"{config.name}: {len(config.jobs()) - len(failed)} of {len(config.jobs())} jobs done, "
                 f"results in {out / config.name}; next: backsketch report {out / config.name}",
                 highlight=False,
+                markup=False,
             )
     if failures:
         raise typer.Exit(1)
@@ -51,22 +50,9 @@ def report_command(
     page: Annotated[Path, typer.Option(help="The HTML page.")] = Path("runs/report.html"),
 ) -> None:
     """Tables, figures and one HTML page from the results of sweeps, without running them again."""
-    with _told():
+    with told("stopped; finished jobs are kept: the same command continues"):
         from backsketch.experiments.report import report
 
         console = Console()
         for path in report(paths or [Path("results")], page, console):
-            console.print(f"wrote {path}", highlight=False)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        yield
-    except SweepError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        errors.print("stopped; finished jobs are kept: the same command continues")
-        raise typer.Exit(130) from None
+            console.print(f"wrote {path}", highlight=False, markup=False)

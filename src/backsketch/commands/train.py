@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from backsketch.commands.guard import told, writer
 from backsketch.train.config import DEFAULT_SKETCH, OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES
-from backsketch.train.errors import Interrupted, TrainError
+from backsketch.train.errors import Interrupted
 
 # Asking for nothing but these still means the demonstration, which compares. It is small, and threads
 # that wait for each other on a busy machine would decide its timing, so it has one.
@@ -133,20 +132,12 @@ def _integers(text: str) -> list[int]:
 
 
 def _guarded(options: dict[str, Any], out: Path | None, resume: bool) -> None:
-    """Run, with what the user can act on as one sentence and an exit code."""
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
-    errors = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not first)
-    try:
+    with told("stopped before the first step"):
         from backsketch.train.run import train
 
-        train(options, out=out, resume=resume)
-    except TrainError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
-        raise typer.Exit(2) from None
-    except Interrupted as stopped:
-        folder = escape(str(stopped.checkpoint.parent))
-        errors.print(f"stopped; to continue here: backsketch train --out {folder} --resume")
-        raise typer.Exit(stopped.exit_code) from None
-    except KeyboardInterrupt:
-        errors.print("stopped before the first step")
-        raise typer.Exit(130) from None
+        try:
+            train(options, out=out, resume=resume)
+        except Interrupted as stopped:
+            folder = escape(str(stopped.checkpoint.parent))
+            writer().print(f"stopped; to continue here: backsketch train --out {folder} --resume")
+            raise typer.Exit(stopped.exit_code) from None

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from backsketch.files import UserError
+
 __all__ = ["Job", "SweepConfig", "SweepError"]
 
 _KEYS = {"report", "parts", "workers", "threads", "about", "settings"}
 _PART_KEYS = {"problem", "fixed", "grid"}
 
 
-class SweepError(ValueError):
-    """Something about a sweep that a user can set right."""
+class SweepError(UserError):
+    """A sweep or a result that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class SweepConfig:
             content = json.loads(path.read_text())
         except OSError as error:
             raise SweepError(f"cannot read {path}: {error.strerror}") from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not text, too
             raise SweepError(f"{path} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise SweepError(f"{path} must hold an object with {', '.join(sorted(_KEYS))}")
@@ -96,7 +98,10 @@ class SweepConfig:
             raise SweepError(f"{path}: unknown field {min(unknown)!r}; known: {sorted(_KEYS)}")
         if missing := {"report", "parts"} - set(content):
             raise SweepError(f"{path} lacks {min(missing)!r}")
-        return cls(name=path.stem, **content)
+        try:
+            return cls(name=path.stem, **content)
+        except (TypeError, AttributeError) as error:
+            raise SweepError(f"{path} has a field of a wrong kind: {error}") from error
 
     def jobs(self) -> list[Job]:
         """Every job once, in the order of the file."""

@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from backsketch.experiments.config import Job
 
@@ -25,11 +26,11 @@ class LiveTable:
     def __init__(self, console: Console, name: str, total: int, done: int) -> None:
         self._console, self._total, self._count, self._failed = console, total, done, 0
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         note = f"{done} from before" if done else ""
@@ -37,7 +38,8 @@ class LiveTable:
         self._last: deque[tuple[str, str, str]] = deque(maxlen=SHOWN)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4)
         if not console.is_terminal and done:
-            console.print(f"{name}: {done} of {total} jobs are there already", highlight=False)
+            told = f"{name}: {done} of {total} jobs are there already"
+            console.print(told, highlight=False, markup=False)
 
     def __enter__(self) -> LiveTable:
         if self._console.is_terminal:
@@ -71,5 +73,5 @@ class LiveTable:
             table.add_column(heading, overflow="ellipsis", no_wrap=True)
         for label, status, told in self._last:
             style = "red" if status == "failed" else None
-            table.add_row(label, status, told, style=style)
+            table.add_row(*map(Text, (label, status, told)), style=style)
         return Group(table, self._bar)

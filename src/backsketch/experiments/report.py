@@ -10,10 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backsketch.experiments.config import SweepError
 from backsketch.experiments.store import SWEEP, Sweep
 from backsketch.experiments.views import VIEWS, Page, TextTable
+from backsketch.files import write_whole
 
 __all__ = ["find_sweeps", "report"]
 
@@ -65,21 +67,39 @@ def report(paths: Sequence[Path], page: Path | None, console: Console) -> list[P
         sweep = Sweep.load(path)
         if sweep.report not in VIEWS:
             raise SweepError(f"{path}: no view {sweep.report!r}; there are {', '.join(VIEWS)}")
-        made = VIEWS[sweep.report](sweep)
+        made = _view(path, sweep)
         for table in made.tables:
             console.print(_rich(made.title, table))
         for job in sweep.failed:
             console.print(f"failed: {job['id']}: {job['error']}", style="red", markup=False)
-        images = {name: _png(made, name) for name in made.figures}
+        images = _drawn(path, made)
         for name, content in images.items():
             written.append(path.parent / f"{name}.png")
-            written[-1].write_bytes(content)
+            write_whole(written[-1], content)
         parts.append(_section(made, sweep, images))
     if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(_document(parts))
+        write_whole(page, _document(parts).encode())
         written.append(page)
     return written
+
+
+def _view(path: Path, sweep: Sweep) -> Page:
+    try:
+        return VIEWS[sweep.report](sweep)
+    except SweepError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise SweepError(
+            f"{path} does not hold what the report {sweep.report!r} needs ({told})"
+        ) from error
+
+
+def _drawn(path: Path, page: Page) -> dict[str, bytes]:
+    try:
+        return {name: _png(page, name) for name in page.figures}
+    except ValueError as error:  # a label that matplotlib takes for a formula
+        raise SweepError(f"{path} cannot be drawn: {str(error).splitlines()[0]}") from error
 
 
 def _png(page: Page, name: str) -> bytes:
@@ -90,11 +110,12 @@ def _png(page: Page, name: str) -> bytes:
 
 
 def _rich(title: str, table: TextTable) -> Table:
-    made = Table(title=f"{title}: {table.title}", title_justify="left")
+    # As Text, since what a file says may look like rich's markup.
+    made = Table(title=Text(f"{title}: {table.title}"), title_justify="left")
     for number, heading in enumerate(table.header):
-        made.add_column(heading, justify="left" if number == 0 else "right")
+        made.add_column(Text(heading), justify="left" if number == 0 else "right")
     for row in table.rows:
-        made.add_row(*row)
+        made.add_row(*map(Text, row))
     return made
 
 

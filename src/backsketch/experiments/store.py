@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backsketch.experiments.config import Job, SweepConfig, SweepError
+from backsketch.files import write_whole
 
 __all__ = ["Store", "Sweep"]
 
@@ -107,9 +108,11 @@ class Sweep:
         path = path / SWEEP if path.is_dir() else path
         content = _read(path)
         try:
-            return cls(**{**content, "jobs": tuple(content["jobs"])})
-        except (KeyError, TypeError) as error:
+            sweep = cls(**{**content, "jobs": tuple(content["jobs"])})
+            _check(sweep)
+        except (KeyError, TypeError, ValueError) as error:
             raise SweepError(f"{path} is not the result of a sweep: {error}") from error
+        return sweep
 
     def done(self, problem: str) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """``(options, result)`` of the finished jobs of a problem."""
@@ -121,6 +124,19 @@ class Sweep:
     def failed(self) -> list[Mapping[str, Any]]:
         """Records of the jobs that failed."""
         return [job for job in self.jobs if job["status"] == "failed"]
+
+
+def _check(sweep: Sweep) -> None:
+    for name, kind in (("name", str), ("report", str), ("about", str), ("machine", Mapping)):
+        if not isinstance(value := getattr(sweep, name), kind):
+            raise TypeError(f"{name} is {value!r}")
+    if Path(sweep.name).name != sweep.name:  # figures are written under it
+        raise ValueError(f"the name {sweep.name!r} is not one of a file")
+    for job in sweep.jobs:
+        if missing := {"id", "problem", "status", "options"} - set(job):
+            raise ValueError(f"a job lacks {min(missing)!r}")
+        if {"done": "result", "failed": "error"}.get(job["status"]) not in job:
+            raise ValueError(f"job {job['id']!r} has no outcome")
 
 
 def machine() -> dict[str, Any]:
@@ -139,10 +155,7 @@ def machine() -> dict[str, Any]:
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all: a record per line, numbers that JSON lacks as null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(_lines(_plain(content)) + "\n")
-    os.replace(partial, path)
+    write_whole(path, f"{_lines(_plain(content))}\n".encode())
 
 
 def _lines(content: dict[str, Any]) -> str:
@@ -171,7 +184,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise SweepError(f"there is no {path}: run `backsketch sweep` first") from error
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, not text
         raise SweepError(f"{path} is damaged: {error}; remove it to run its jobs again") from error
     if not isinstance(content, dict):
         raise SweepError(f"{path} is not the result of a sweep")

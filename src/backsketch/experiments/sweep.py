@@ -15,6 +15,7 @@ from backsketch.experiments.config import SweepConfig
 from backsketch.experiments.live import LiveTable
 from backsketch.experiments.pool import outcomes
 from backsketch.experiments.store import Store
+from backsketch.files import make_folder, only_one
 
 __all__ = ["run_sweep"]
 
@@ -44,16 +45,25 @@ def run_sweep(
         Labels of the jobs that failed.
 
     Raises:
+        UserError: the folder cannot be written, or another sweep is writing there.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; finished jobs are kept.
     """
-    store = Store(out / config.name)
+    folder = out / config.name
+    make_folder(folder)
+    with only_one(folder, "sweep"):
+        return _run(config, Store(folder), workers, data, console or Console())
+
+
+def _run(
+    config: SweepConfig, store: Store, workers: int | None, data: Path | None, console: Console
+) -> list[str]:
     jobs = config.jobs()
     finished = store.finished()
     missing = [job for job in jobs if job.id not in finished]
     failed = []
     count = config.workers if workers is None else workers
     stream = outcomes(missing, count, config.threads, None if data is None else str(data))
-    live = LiveTable(console or Console(), config.name, len(jobs), len(jobs) - len(missing))
+    live = LiveTable(console, config.name, len(jobs), len(jobs) - len(missing))
     with live, _terminable(), closing(stream):  # processes end with the sweep, however it ends
         for job, record in stream:
             store.save(job, record)

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from backsketch.files import UserError
 
-class TrainError(ValueError):
-    """Something that a user can set right: an option, a dataset, a checkpoint. Commands print it alone."""
+
+class TrainError(UserError):
+    """An option, a dataset or a checkpoint that cannot be used."""
 
 
 class Interrupted(Exception):

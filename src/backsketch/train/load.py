@@ -18,6 +18,7 @@ from backsketch.train.images import ImageData, held_out
 if TYPE_CHECKING:
     import datasets as hf
 
+CHUNK = 1000  # images that are decoded at a time
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 LABEL_NAMES = ("label", "labels", "class", "target")
 
@@ -71,10 +72,22 @@ def _load_splits(name: str) -> hf.DatasetDict:
         with _quiet():
             loaded = hf.load_dataset(str(folder) if folder.exists() else name)
     except Exception as error:  # the loader raises a dozen types, all about the user's dataset
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_cause(error)
         where = "read" if folder.exists() else "find, as a folder here or on the hub,"
         raise TrainError(f"could not {where} the dataset {name}: {reason}") from error
     return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of the error that began it: the loader wraps it in ones that say nothing."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__ or error
+    return _first_line(error)
 
 
 def _from_splits(
@@ -88,10 +101,12 @@ def _from_splits(
         has = ", ".join(train.column_names)
         raise TrainError(f"the dataset {name} has no column {label_column!r}; it has {has}")
     classes, train_labels = _train_labels(name, train, label_column)
+    if len(classes) < 2:
+        raise _single_class(name, f"{len(classes)} in column {label_column!r}")
     train_images = _decode(name, train, image_column, image_size)
     for test_name in (n for n in TEST_SPLITS if n in splits and n != train_name):
         test = splits[test_name]
-        if (test_labels := _test_labels(test, label_column, classes)) is None:
+        if (test_labels := _test_labels(name, test_name, test, label_column, classes)) is None:
             continue
         test_images = _decode(name, test, image_column, image_size)
         train_images, test_images = _same_shape(name, train_images, test_images)
@@ -122,10 +137,26 @@ def _label_column(name: str, split: hf.Dataset) -> str:
         dtype = str(getattr(features.get(column), "dtype", ""))
         if dtype.startswith(("int", "uint", "string", "large_string")):
             return column
+    if (found := _class_folders(name)) and len(found) == 1:
+        raise _single_class(name, f"the subfolder {found[0]!r} alone")
     has = ", ".join(split.column_names)
     raise TrainError(
-        f"the dataset {name} has images but no labels: its columns are {has} (a folder needs one "
-        "subfolder per class; another column can be named with --label-column)"
+        f"the dataset {name} has images but no labels: its columns are {has} (a folder needs a "
+        "subfolder for each class; another column can be named with --label-column)"
+    )
+
+
+def _class_folders(name: str) -> list[str]:
+    """Names of the innermost folders that hold images, where `name` is a local folder."""
+    images = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+    root = Path(name).expanduser()
+    found = {p.parent for p in root.rglob("*") if p.suffix.lower() in images}
+    return sorted({folder.name for folder in found if folder != root})
+
+
+def _single_class(name: str, found: str) -> TrainError:
+    return TrainError(
+        f"the dataset {name} has fewer than two classes ({found}): there is nothing to tell apart"
     )
 
 
@@ -137,39 +168,66 @@ def _train_labels(name: str, train: hf.Dataset, column: str) -> tuple[np.ndarray
     """The sorted class values, and the train labels as indices into them."""
     import datasets as hf
 
-    values = _values(train, column)
-    if values.dtype.kind not in "iuU" or (values.dtype.kind == "i" and values.min(initial=0) < 0):
-        raise TrainError(
-            f"column {column!r} of the dataset {name} cannot serve as labels: it has missing, "
-            "negative or fractional values"
-        )
-    feature = train.features[column]
-    if isinstance(feature, hf.ClassLabel):
-        return np.arange(feature.num_classes), torch.from_numpy(values.astype(np.int64))
+    values, feature = _values(train, column), train.features[column]
+    classes = np.arange(feature.num_classes) if isinstance(feature, hf.ClassLabel) else None
+    for row, value in enumerate(values.tolist()):
+        if reason := _not_a_label(value, classes):
+            raise TrainError(
+                f"column {column!r} of the dataset {name} cannot serve as labels: row {row} of the "
+                f"train split {reason}"
+            )
+    if classes is not None:
+        return classes, torch.from_numpy(values.astype(np.int64))
     classes, indices = np.unique(values, return_inverse=True)
     return classes, torch.from_numpy(indices.astype(np.int64))
 
 
-def _test_labels(test: hf.Dataset, column: str, classes: np.ndarray[Any, Any]) -> Tensor | None:
-    """Labels of another split as class indices; None where they are withheld or unknown."""
+def _not_a_label(value: Any, classes: np.ndarray[Any, Any] | None) -> str:
+    """What is wrong with a label, in words; empty where nothing is."""
+    if value is None:
+        return "has none"
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        return f"has {value!r}, neither a whole number nor a text"
+    if isinstance(value, int) and value < 0:
+        return f"has the negative label {value}"
+    if classes is not None and (not isinstance(value, int) or value >= len(classes)):
+        return f"has the label {value}, of {len(classes)} classes that count from 0"
+    return ""
+
+
+def _test_labels(
+    name: str, split: str, test: hf.Dataset, column: str, classes: np.ndarray[Any, Any]
+) -> Tensor | None:
+    """Labels of another split as class indices; None where they are withheld or all unknown.
+
+    Raises:
+        TrainError: some are known and others are not.
+    """
     if column not in test.column_names or len(test) == 0:
         return None
-    values = _values(test, column)
-    if values.dtype.kind != classes.dtype.kind and values.dtype.kind not in "iu":
+    index = {value: i for i, value in enumerate(classes.tolist())}
+    found = [index.get(value) for value in _values(test, column).tolist()]
+    unknown = [row for row, label in enumerate(found) if label is None]
+    if len(unknown) == len(found):
         return None
-    if not np.isin(values, classes).all():
-        return None
-    return torch.from_numpy(np.searchsorted(classes, values).astype(np.int64))
+    if unknown:
+        raise TrainError(
+            f"row {unknown[0]} of the split {split} of the dataset {name} has no label of the train "
+            f"split's in column {column!r}, as {len(unknown)} of its {len(found)} rows"
+        )
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _decode(name: str, split: hf.Dataset, column: str, image_size: int | None) -> Tensor:
     """All images of a split, `(count, channels, height, width)` uint8."""
+    from PIL import Image
+
     if len(split) == 0:
         raise TrainError(f"the dataset {name} has an empty split")
     images: np.ndarray[Any, Any] | None = None
     done = 0
     try:
-        for batch in split.select_columns([column]).iter(batch_size=1000):
+        for batch in split.select_columns([column]).iter(batch_size=CHUNK):
             chunk = [_to_array(image, image_size) for image in batch[column]]
             channels = max(array.shape[-1] for array in chunk)
             if images is None:
@@ -181,20 +239,41 @@ def _decode(name: str, split: hf.Dataset, column: str, image_size: int | None) -
                     raise _several_sizes(name, array.shape[:2], images.shape[1:3])
                 images[done] = array  # one grey channel broadcasts to three
                 done += 1
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, TrainError):
+            raise
+        row = _undecodable(split, column, done)
         raise TrainError(
-            f"image {done} of the dataset {name} cannot be decoded: {error}"
+            f"image {row} of the dataset {name} cannot be decoded: {_first_line(error)}"
+        ) from error
+    except MemoryError as error:
+        raise TrainError(
+            f"the images of the dataset {name} do not fit into memory: give --image-size"
         ) from error
     assert images is not None
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _undecodable(split: hf.Dataset, column: str, first: int) -> int:
+    """The first row from `first` whose image cannot be decoded."""
+    for row in range(first, min(first + CHUNK, len(split))):
+        try:
+            _to_array(split[row][column], None)
+        except Exception:
+            return row
+    return first
 
 
 def _to_array(image: Any, image_size: int | None) -> np.ndarray[Any, Any]:
     """A PIL image as `(height, width, 1 or 3)` uint8."""
     from PIL import Image, ImageOps
 
+    if image is None:
+        raise OSError("there is none in this row")
     if image.mode.startswith("I;16"):  # PIL would clip 16 bits instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise OSError("it holds values that are not finite")
     if image.mode in ("I", "F"):
         raise OSError(f"mode {image.mode}, neither 8 nor 16 bits per channel")
     grey = image.mode in ("1", "L", "LA")

@@ -200,13 +200,19 @@ class Trainer:
         """Continue from the checkpoint.
 
         Raises:
-            TrainError: it is missing, damaged, or of another configuration, dataset or number of
-                processes; nothing has changed then.
+            TrainError: it is missing, damaged, changed, or of another configuration, dataset or number of
+                processes; the file stays as it is.
         """
         state = load_checkpoint(self.checkpoint)
         if reason := self._misfit(state):
             raise TrainError(f"the checkpoint {self.checkpoint} does not fit this run: {reason}")
-        self.load_state_dict(state)
+        try:
+            self.load_state_dict(state)
+        except Exception as error:  # each part has exceptions of its own
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            raise TrainError(
+                f"the checkpoint {self.checkpoint} cannot be continued: {told[0]}"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run must remember to continue exactly; every process must call this.
@@ -259,6 +265,17 @@ class Trainer:
             return f"it was made with the data {state['data']}, not {data}"
         if state["processes"] != processes:
             return f"it was made with {state['processes']} processes, not {processes}"
+        return self._misplaced(state["epoch"], state["step"], state["history"])
+
+    def _misplaced(self, epoch: int, step: int, history: Mapping[str, Any]) -> str | None:
+        """Why a run cannot be at this point, with this history."""
+        epochs, steps = self.config.epochs, self.batches.steps_per_epoch
+        if not ((0 <= epoch < epochs and 0 <= step < steps) or (epoch, step) == (epochs, 0)):
+            return f"it is at epoch {epoch}, step {step} of {epochs} epochs of {steps} steps"
+        done = epoch * steps + step
+        for name in ("losses", "step_seconds"):
+            if len(history.get(name, ())) != done:
+                return f"its history has {len(history.get(name, ()))} {name} for {done} steps"
         return None
 
     def _variance_epochs(self) -> set[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from backsketch.files import write_whole
 from backsketch.train.history import History
 from backsketch.train.loop import Trainer
 
@@ -91,11 +91,9 @@ def device_name(device: torch.device) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write atomically; numbers that JSON cannot hold become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    """Write whole or not at all; numbers that JSON cannot hold become null."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    write_whole(path, f"{text}\n".encode())
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from backsketch.files import make_folder, only_one, write_whole
 from backsketch.train.auto import AUTO
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, parse_rules, resolve
@@ -53,7 +54,8 @@ def train(
         console: where progress and the table go.
 
     Raises:
-        TrainError: something that the caller can set right.
+        TrainError: an option, the data or a checkpoint cannot be used.
+        UserError: `out` cannot be written, or another process trains there.
         Interrupted: stopped by a signal, after a checkpoint.
 
     Example:
@@ -73,17 +75,22 @@ def train(
     ).limited(options.get("limit_train"))
     config = resolve(options, num_train=data.num_train, image_shape=data.image_shape)
     accelerator = make_accelerator(config.device, config.precision)
-    if accelerator.is_main_process:
-        _prepare_folder(out, resume, console)
-    accelerator.wait_for_everyone()
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _threads(config.threads):
+    main = accelerator.is_main_process
+    with ExitStack() as stack:
+        if main:
+            make_folder(out)
+            stack.enter_context(only_one(out, "training"))
+            _set_aside(out, resume, console)
+        accelerator.wait_for_everyone()
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(_threads(config.threads))
         result = _runs(config, data, accelerator, out, resume, console, began)
-    if accelerator.is_main_process:
-        write_json(out / RESULT, result)
-        plot_result(result, out / PLOT)
-        _say(console, result, out)
-    accelerator.wait_for_everyone()
+        if main:
+            write_json(out / RESULT, result)
+            plot_result(result, out / PLOT)
+            _say(console, result, out)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
 
@@ -130,9 +137,8 @@ def _saved_options(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, **asked}
 
 
-def _prepare_folder(out: Path, resume: bool, console: Console) -> None:
-    """Make the folder. A fresh run replaces a finished one and sets an unfinished one aside."""
-    out.mkdir(parents=True, exist_ok=True)
+def _set_aside(out: Path, resume: bool, console: Console) -> None:
+    """Remove the outputs of a finished run, and set the checkpoint of an unfinished one aside."""
     if resume:
         return
     finished = (out / RESULT).is_file()
@@ -141,7 +147,7 @@ def _prepare_folder(out: Path, resume: bool, console: Console) -> None:
             path.unlink()
         else:
             os.replace(path, aside := path.with_suffix(".old.pt"))
-            console.print(f"an unfinished run was here: its checkpoint is now {aside}")
+            _print(console, f"an unfinished run was here: its checkpoint is now {aside}")
 
 
 def _runs(
@@ -181,19 +187,23 @@ def _write_report(trainer: Trainer, out: Path, console: Console) -> None:
     if report is None or not trainer.accelerator.is_main_process:
         return
     path = out / REPORT
-    path.write_text(f"{report}\n")
-    console.print(
-        f"{len(report.sketched)} of {len(report)} layers sketched, see {path}", highlight=False
-    )
+    write_whole(path, f"{report}\n".encode())
+    _print(console, f"{len(report.sketched)} of {len(report)} layers sketched, see {path}")
 
 
 def _say(console: Console, result: Mapping[str, Any], out: Path) -> None:
-    console.print(headline(result), style="bold", highlight=False)
+    _print(console, headline(result), style="bold")
     console.print(comparison(result))
     if "exact" in result:
-        console.print(verdict(result))
+        _print(console, verdict(result))
     if "auto" in result:
-        console.print(automatic(result), highlight=False)
+        _print(console, automatic(result))
     if result["diverged"]:
-        console.print("the training loss is not finite: lower --lr or raise keep", style="bold red")
-    console.print(f"wrote {out / RESULT} and {out / PLOT}", highlight=False)
+        told = "the training loss is not finite: lower --lr or raise keep"
+        _print(console, told, style="bold red")
+    _print(console, f"wrote {out / RESULT} and {out / PLOT}")
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    """Print as it is: paths and sketches may hold what looks like rich's markup."""
+    console.print(text, style=style, markup=False, highlight=False)

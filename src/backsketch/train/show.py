@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from backsketch.files import write_whole
 from backsketch.train.history import Evaluation
 
 if TYPE_CHECKING:
@@ -171,7 +173,9 @@ def plot_result(result: Mapping[str, Any], path: Path) -> None:
     left.set_ylabel("training loss")
     _legend(right, runs)
     figure.suptitle(headline(result), x=0.01, ha="left")
-    figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    write_whole(path, content.getvalue())
 
 
 def _runs(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
