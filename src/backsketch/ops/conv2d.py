@@ -15,6 +15,7 @@ from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
 from backsketch.ops.linear import Linear, check_estimator
 from backsketch.products import Source
+from backsketch.sampling import operator
 
 __all__ = ["Conv2d", "PointwiseConv2d", "bilinear_conv2d", "conv2d"]
 
@@ -87,7 +88,10 @@ class Conv2d(Bilinear):
     def fold(self, columns: Tensor, samples: int) -> Tensor:
         """The transpose of :meth:`unfold`."""
         columns = columns.unflatten(0, (samples, -1)).transpose(1, 2)
-        return F.fold(columns, self.spatial, self.kernel, self.dilation, self.padding, self.stride)
+        # Opaque: inductor would accumulate by index.
+        return _fold(
+            columns, self.spatial, self.kernel, self.dilation, self.padding, self.stride
+        )
 
     def _choose(
         self, tensor: Tensor, dim: int, indices: Tensor, weights: Tensor | None = None
@@ -194,6 +198,21 @@ class PointwiseConv2d(Linear):
 
     def column_gram(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         return super().column_gram(cotangent, weight.flatten(1))
+
+
+def _folded_shape(
+    columns: Tensor, spatial: Pair, kernel: Pair, dilation: Pair, padding: Pair, stride: Pair
+) -> Tensor:
+    channels = columns.shape[1] // (kernel[0] * kernel[1])
+    return columns.new_empty(columns.shape[0], channels, spatial[0], spatial[1])
+
+
+_fold = operator(
+    "fold(Tensor columns, SymInt[] spatial, int[] kernel, int[] dilation, int[] padding, int[] stride)"
+    " -> Tensor",
+    F.fold,
+    _folded_shape,
+)
 
 
 def bilinear_conv2d(
