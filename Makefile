@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train an MLP on digits, exact and sketched side by side
 	$(BIN)/backsketch train
 
-test: $(STAMP)  ## everything that the README promises, in under six minutes on two cores
+test: $(STAMP)  ## everything that the README promises
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(STAMP)  ## with the slow statistical tests
