@@ -141,8 +141,8 @@ def _label_column(name: str, split: hf.Dataset) -> str:
         raise _single_class(name, f"the subfolder {found[0]!r} alone")
     has = ", ".join(split.column_names)
     raise TrainError(
-        f"the dataset {name} has images but no labels: its columns are {has} (a folder needs a "
-        "subfolder for each class; another column can be named with --label-column)"
+        f"the dataset {name} has images but no labels: its columns are {has} (a folder needs one "
+        "subfolder per class; another column can be named with --label-column)"
     )
 
 

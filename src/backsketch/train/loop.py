@@ -265,6 +265,11 @@ class Trainer:
             return f"it was made with the data {state['data']}, not {data}"
         if state["processes"] != processes:
             return f"it was made with {state['processes']} processes, not {processes}"
+        for name, ours in (("scaler", self.accelerator.scaler), ("auto", self.auto)):
+            if (state[name] is None) != (ours is None):
+                return f"its {name!r} belongs to another kind of run"
+        if set(state["scheduler"]) != set(self.schedule.state_dict()):
+            return "its 'scheduler' belongs to another kind of schedule"
         return self._misplaced(state["epoch"], state["step"], state["history"])
 
     def _misplaced(self, epoch: int, step: int, history: Mapping[str, Any]) -> str | None:
