@@ -113,7 +113,7 @@ def test_no_code_that_a_compiler_sees_accumulates_by_index(estimator):
     bs.sketch_(model, estimator)
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     gradients(torch.compile(model, backend=backend), model, torch.randn(8, 4, 7, 7))
-    assert any("convolution_backward" in name for name in called)
+    assert any("convolution_backward" in name or "int8_vjps" in name for name in called)
     assert not {n for n in called if re.search("index_add|scatter_(add|reduce)|index_put", n)}
 
 

@@ -89,9 +89,7 @@ class Conv2d(Bilinear):
         """The transpose of :meth:`unfold`."""
         columns = columns.unflatten(0, (samples, -1)).transpose(1, 2)
         # Opaque: inductor would accumulate by index.
-        return _fold(
-            columns, self.spatial, self.kernel, self.dilation, self.padding, self.stride
-        )
+        return _fold(columns, self.spatial, self.kernel, self.dilation, self.padding, self.stride)
 
     def _choose(
         self, tensor: Tensor, dim: int, indices: Tensor, weights: Tensor | None = None
