@@ -284,7 +284,7 @@ def check_estimate(data, rules):
     bs.sketch_(model, rules)
     train(model, data, 100)
     control = bs.Controller(model, 0.1, interval=4)
-    train(model, data, 120, control, first=100, lr=0.0)
+    train(model, data, 360, control, first=100, lr=0.0)
     omega, beta = monte_carlo(model, drawn(data, 10_000, 60))
     assert control.extra_variance == pytest.approx(omega, rel=0.35)
     assert control.noise_scale == pytest.approx(beta, rel=0.5)
