@@ -34,12 +34,14 @@ __all__ = [
     "forward_facts",
     "hooks_are_guarded",
     "is_functorch_wrapped",
+    "layout_of",
     "load_compiler",
     "mark_dynamic",
     "min_cut_partition",
     "pytree",
     "recompile_limit",
     "recompile_limit_error",
+    "same_but_no_view",
     "traced_as_constant",
     "unseen_by_compiler",
     "without_autocast",
@@ -58,6 +60,28 @@ def is_functorch_wrapped(x: Tensor) -> bool:
     """
     test = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
     return True if test is None else bool(test(x))
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The memory format that ``x`` has.
+
+    There is no public question for it. Without the private one it is contiguous: values stay right, and only
+    the strides of a result differ.
+    """
+    try:
+        from torch._prims_common import suggest_memory_format
+    except ImportError:
+        return torch.contiguous_format
+    return suggest_memory_format(x)
+
+
+def same_but_no_view(y: Tensor) -> Tensor:
+    """``y`` as a tensor that autograd does not take for a view, so that it may be modified in place.
+
+    The public ways are a copy, which is the fallback, or a view.
+    """
+    operator = getattr(torch.ops.aten, "_unsafe_view", None)
+    return y.clone() if operator is None else operator(y, y.shape)
 
 
 def without_history(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from backsketch.estimators import Bilinear, Estimator
 from backsketch.estimators.base import Gradients
 from backsketch.ops.double_backward import without_double_backward
 from backsketch.sampling import next_seed
+from backsketch.torch_private import same_but_no_view
 
 __all__ = ["apply", "as_own_tensor"]
 
@@ -47,7 +48,7 @@ def as_own_tensor(y: Tensor) -> Tensor:
     PyTorch computes some layers as a view of something else, a Linear of a 3-D input for example. Autograd
     does not let such an output of a Function be changed in place, as an in-place activation would.
     """
-    return torch.ops.aten._unsafe_view(y, y.shape)
+    return same_but_no_view(y)
 
 
 class _SketchedLayer(Function):

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.autograd import Function
 from torch.nn import functional as F
 
@@ -32,7 +31,7 @@ from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
-from backsketch.torch_private import batch_norm_with_statistics
+from backsketch.torch_private import batch_norm_with_statistics, layout_of
 
 __all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
 
@@ -157,7 +156,7 @@ class GroupNorm(ChannelNorm):
         n, channels = x.shape[:2]
         positions = math.prod(x.shape[2:])
         # As F.group_norm does it: on the CPU the result has the memory format of the input.
-        layout = suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format
+        layout = layout_of(x) if x.device.type == "cpu" else torch.contiguous_format
         x = x.contiguous(memory_format=layout)
         return torch.native_group_norm(
             x, weight, bias, n, channels, positions, self.groups, self.eps
