@@ -159,7 +159,7 @@ def test_a_smaller_configuration_loses_no_result_and_reports_only_its_own(counti
     assert len(Sweep.load(folder).jobs) == 3
     run_sweep(counting(number=[1, 2, 3, 4]), tmp_path, console=quiet())
     assert sorted(counting.runs()) == [1, 2, 3, 4]
-    assert sorted(path.name for path in folder.iterdir()) == ["sweep.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "sweep.json"]
 
 
 def test_a_failed_job_is_recorded_stops_nothing_and_is_tried_again(counting, tmp_path):
