@@ -184,10 +184,10 @@ def test_batch_sizes_may_change_without_a_new_graph_for_each(dynamic, estimator)
     bs.sketch_(model, estimator)
     call = compiled(model, dynamic=dynamic)
     for n in (9, 12):
-        call(images(n).requires_grad_()).sum().backward()
+        call(images(n, (2, 3, 4)).requires_grad_()).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (10, 14, 15):
-            x = images(n).requires_grad_()
+            x = images(n, (2, 3, 4)).requires_grad_()
             call(x).sum().backward()
             assert x.grad.shape == x.shape
             assert bool(x.grad.isfinite().all())
