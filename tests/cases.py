@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.estimators import Bilinear
-from backsketch.ops.conv2d import bilinear_conv2d
-from backsketch.ops.linear import Linear
+from backsketch.ops.convolution import TransposedConvolution, bilinear_convolution, columns_first
+from backsketch.ops.linear import Linear, TransposedLinear
 
 ESTIMATORS = [
     bs.Elements(keep=0.5),
@@ -97,11 +97,43 @@ def conv(
     y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
     cotangent = torch.randn(y.shape, generator=g) * torch.linspace(0.3, 2, n).view(-1, 1, 1, 1)
     pair = lambda v: (v, v)  # noqa: E731
-    op = bilinear_conv2d(
+    op = bilinear_convolution(
         pair(kernel), pair(stride), pair(padding), pair(dilation), groups, (6, 7)
     )  # fmt: skip
     name = f"conv{kernel}x{kernel}-s{stride}-p{padding}-d{dilation}-g{groups}"
     return Layer(name, op, x, weight, cotangent)
+
+
+def conv_nd(spatial: tuple[int, ...], groups: int = 1, seed: int = 0) -> Layer:
+    """A convolution over one or three dimensions, of kernel 2 and stride 2."""
+    g, dims = torch.Generator().manual_seed(seed), len(spatial)
+    x = torch.randn(5, 4, *spatial, generator=g)
+    weight = torch.randn(6, 4 // groups, *(2,) * dims, generator=g)
+    one, two = (1,) * dims, (2,) * dims
+    op = bilinear_convolution(two, two, one, one, groups, spatial)
+    y = op.forward(x, weight, None)
+    return Layer(f"conv{dims}d-g{groups}", op, x, weight, torch.randn(y.shape, generator=g))
+
+
+def transposed_conv(spatial: tuple[int, ...], groups: int = 1, seed: int = 0) -> Layer:
+    g, dims = torch.Generator().manual_seed(seed), len(spatial)
+    x = torch.randn(5, 4, *spatial, generator=g)
+    weight = columns_first(torch.randn(4, 6 // groups, *(3,) * dims, generator=g), groups)
+    one, two = (1,) * dims, (2,) * dims
+    op = TransposedConvolution((3,) * dims, two, one, one, spatial, groups, one)
+    y = op.forward(x, weight, None)
+    cotangent = torch.randn(y.shape, generator=g)
+    return Layer(f"transposed{dims}d-g{groups}", op, x, weight, cotangent)
+
+
+class WithoutBias(TransposedLinear):
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super().forward(x, weight, weight.new_zeros(weight.shape[0]))
+
+
+def transposed_linear() -> Layer:
+    layer = linear((3, 4), seed=9)
+    return Layer("transposed linear", WithoutBias(), layer.x, layer.weight, layer.cotangent)
 
 
 LAYERS = [
@@ -113,6 +145,11 @@ LAYERS = [
     conv(groups=4, c_out=4, seed=3),
     conv(kernel=1, n=3, seed=4),
     conv(kernel=1, stride=2, groups=2, seed=5),
+    conv_nd((9,), groups=2, seed=6),
+    conv_nd((4, 3, 5), seed=7),
+    transposed_conv((3, 4), groups=2, seed=8),
+    transposed_conv((5,), seed=9),
+    transposed_linear(),
 ]
 
 
@@ -143,6 +180,26 @@ class HeadAndLoss(nn.Module):
 ADAPTED: dict[type[nn.Module], tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]] = {
     nn.Linear: (lambda: nn.Linear(5, 4), lambda: (torch.randn(7, 5),)),
     nn.Conv2d: (lambda: nn.Conv2d(2, 4, 3, padding=1), lambda: (torch.randn(6, 2, 4, 3),)),
+    nn.Conv1d: (
+        lambda: nn.Conv1d(4, 6, 3, padding="same", groups=2),
+        lambda: (torch.randn(5, 4, 6),),
+    ),
+    nn.Conv3d: (
+        lambda: nn.Conv3d(2, 6, (2, 3, 1), padding=1),
+        lambda: (torch.randn(5, 2, 3, 4, 2),),
+    ),
+    nn.ConvTranspose1d: (
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2),
+        lambda: (torch.randn(5, 4, 4),),
+    ),
+    nn.ConvTranspose2d: (
+        lambda: nn.ConvTranspose2d(4, 6, 3, 2, padding=1, output_padding=1, groups=2, dilation=2),
+        lambda: (torch.randn(5, 4, 3, 4),),
+    ),
+    nn.ConvTranspose3d: (
+        lambda: nn.ConvTranspose3d(2, 4, 2),
+        lambda: (torch.randn(5, 2, 2, 3, 2),),
+    ),
     bs.nn.LinearCrossEntropy: (HeadAndLoss, lambda: (torch.randn(9, 5) * 2,)),
     nn.MultiheadAttention: (SelfAttention, lambda: (torch.randn(4, 3, 8),)),
 }

@@ -257,8 +257,8 @@ BAD_RULES = {
     "a list": ([ROWS], TypeError, "rules must be a sketch"),
     "text for a sketch": ({"head": "rows:keep=0.5"}, TypeError, r"bs\.parse"),
     "a class for a sketch": ({"head": bs.Rows}, TypeError, "is not a sketch"),
-    "a number for a pattern": ({3: ROWS}, TypeError, "neither a name pattern nor a module type"),
-    "a type that is no module": ({int: ROWS}, TypeError, "neither a name pattern nor a module"),
+    "a number for a pattern": ({3: ROWS}, TypeError, "neither a name pattern, nor a module type"),
+    "a type that is no module": ({int: ROWS}, TypeError, "neither a name pattern, nor a module"),
 }  # fmt: skip
 
 
@@ -359,7 +359,7 @@ REFUSED = {
     "lazy": (lambda: nn.LazyLinear(4), "no weights yet: run one batch"),
     "lazy convolution": (lambda: nn.LazyConv2d(4, 3), "no weights yet: run one batch"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "dtype torch.complex64"),
-    "unknown": (lambda: nn.Bilinear(2, 2, 2), "Bilinear is not a layer that backsketch knows"),
+    "unknown": (lambda: nn.Bilinear(2, 2, 2), "Bilinear: its product is trilinear"),
     "single column": (lambda: nn.Linear(4, 1), "single output column"),
 }
 
@@ -529,12 +529,13 @@ def test_the_report_prints_as_a_table_with_one_line_a_site():
     lines = text.splitlines()
     assert lines[0].split() == ["site", "type", "sketch", "grad_input", "grad_weight", "saved"]
     assert set(lines[1]) == {"-", " "}
-    assert len(lines) == 2 + 8 + 1
+    assert len(lines) == 2 + 8 + 2
     columns = ["stem", "Conv2d", "rows:keep=0.25,scores=l2", "×0.25", "×0.25", "×1.00"]
     assert lines[2].split()[:6] == columns
     assert lines[2].endswith("small: expect no gain in time")
-    assert lines[-2].split()[:3] == ["head", "Linear", "exact"]
-    assert lines[-1].startswith("6 of 8 sites sketched")
+    assert lines[-3].split()[:3] == ["head", "Linear", "exact"]
+    assert lines[-2].startswith("6 of 8 sites sketched")
+    assert lines[-1].startswith("97 % of the backward arithmetic is sketched")
     starts = {line.index(word) for line, word in zip(lines[2:5], ["Conv2d", "Linear", "Linear"])}
     assert len(starts) == 1
 
@@ -550,7 +551,8 @@ def test_a_region_that_runs_exactly_claims_nothing_in_the_report():
     assert [site.name for site in report.exact] == [""]
     assert report[""].backward == 1
     assert "×" not in str(report)
-    assert str(report).splitlines()[-1].startswith("0 of 1 sites sketched")
+    assert str(report).splitlines()[-2].startswith("0 of 1 sites sketched")
+    assert str(report).splitlines()[-1].startswith("0 % of the backward arithmetic")
 
 
 class Recurrent(nn.Module):
@@ -558,7 +560,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.position = nn.Parameter(torch.zeros(1, 64, 8))
         self.words = nn.Embedding(1000, 8)
-        self.first, self.second = nn.Conv1d(8, 8, 3), nn.Conv1d(8, 8, 3)
+        self.first, self.second = nn.Bilinear(8, 8, 3), nn.Bilinear(8, 8, 3)
         self.lstm = nn.LSTM(8, 8)
         self.head = parametrizations.weight_norm(nn.Linear(8, 8))
 
@@ -569,8 +571,10 @@ def test_the_report_names_layers_of_kinds_that_are_not_known():
     weights = (model.first, model.second, model.lstm)
     size = sum(p.numel() for m in weights for p in m.parameters() if p.dim() > 1)
     share = f"{100 * size / sum(p.numel() for p in model.parameters()):.0f} %"
-    expected = f"not known, so exact: 2 Conv1d, 1 LSTM; {share} of the parameters"
-    assert str(report).splitlines()[-1] == expected
+    expected = (
+        f"not known, so exact: 2 Bilinear, 1 LSTM; {share} of the parameters; Bilinear: its product"
+    )
+    assert str(report).splitlines()[-2].startswith(expected)
     assert "not known" not in str(bs.sketch_(Recurrent(), bs.Region(keep=0.5)))
     assert "not known" not in str(bs.sketch_(Nested(), ROWS))
 

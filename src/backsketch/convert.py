@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from backsketch import regions
 from backsketch.estimators import Estimator
-from backsketch.nn.registry import Adapter, adapter_of, is_small, refusal
+from backsketch.nn.registry import Adapter, adapter_of, inherent, is_small, refusal
 from backsketch.nn.swap import is_swapped, swap_, unswap_
 from backsketch.regions import Mask, Region
 from backsketch.report import Report, Site
@@ -26,7 +28,7 @@ _TABLES = (nn.Embedding, nn.EmbeddingBag)
 Outcomes = dict[int, list[str | None]]  # per rule and site: None where it took effect, else why not
 
 
-def sketch_(model: nn.Module, rules: Any) -> Report:
+def sketch_(model: nn.Module, rules: Any, *, strict: bool = False) -> Report:
     """Sketch the backward pass of ``model``, in place.
 
     Args:
@@ -34,10 +36,13 @@ def sketch_(model: nn.Module, rules: Any) -> Report:
             optimizer built before keeps working.
         rules: one sketch for the whole model, or a mapping from pattern to sketch, None meaning exact.
             A pattern is a glob on the qualified name (``"blocks.*.mlp"``; ``""`` is the model itself),
-            ``"re:..."`` a regular expression that must match the whole name, or a module type. The first
-            match wins. A layer estimator goes to every supported layer at or below the modules that its
-            pattern matches; a region or a mask to the topmost modules that match, and the layers inside
-            a region belong to it. Rules describe the whole model: a second call replaces the first.
+            ``"re:..."`` a regular expression that must match the whole name, a module type, or a filter
+            ``(name, module) -> bool``. The first match wins. A layer estimator goes to every supported layer at
+            or below the modules that its pattern matches; a region or a mask to the topmost modules that match,
+            and the layers inside a region belong to it. Rules describe the whole model: a second call replaces
+            the first.
+        strict: a layer that a rule reaches and its sketch cannot act on is an error, instead of a row in the
+            report that gives the reason.
 
     Returns:
         A :class:`~backsketch.report.Report`: one row a site, sketched or left exact with the reason.
@@ -60,13 +65,13 @@ def sketch_(model: nn.Module, rules: Any) -> Report:
     for swapped, _, _ in before:
         unswap_(swapped)
     try:
-        resolution = _resolve(model, patterns)
+        resolution = _resolve(model, patterns, strict)
     except Exception:
         for swapped, cls, attributes in before:
             swapped.__class__ = cls
             swapped.__dict__.update(attributes)
         raise
-    report = Report(resolution.sites, unknown=_unknown(model, resolution))
+    report = Report(resolution.sites, **_left_out(model, resolution))
     for site, module in resolution.changes:
         _apply(site, module)
     return report
@@ -107,21 +112,58 @@ class _Resolution:
             self.changes.append((site, module))
 
 
-def _unknown(model: nn.Module, resolution: _Resolution) -> str:
-    """The modules with matrices of their own that no adapter, no known layer and no region covers."""
+def _left_out(model: nn.Module, resolution: _Resolution) -> dict[str, Any]:
+    """What no site stands for: modules with matrices of unknown kinds, their arithmetic, functions and norms."""
     covered = [m for m in model.modules() if adapter_of(m) or isinstance(m, _TABLES)]
     covered += [module for site, module in resolution.changes if isinstance(site.sketch, Region)]
     inside = {id(below) for module in covered for below in module.modules()}
-    sizes = {
-        m: sum(map(Tensor.numel, _matrices(m))) for m in model.modules() if id(m) not in inside
+    outside = [m for m in model.modules() if id(m) not in inside]
+    products = sum(_products(_matrices(m)) for m in outside)
+    return {
+        "unknown": _unknown(model, outside),
+        "unknown_products": products,
+        "without": _without_place(outside),
     }
-    kinds = Counter(type(module).__name__ for module, size in sizes.items() if size)
+
+
+def _unknown(model: nn.Module, outside: list[nn.Module]) -> str:
+    """The modules with matrices of their own that no adapter, no known layer and no region covers."""
+    sizes = {m: sum(map(Tensor.numel, _matrices(m))) for m in outside}
+    unknown = [m for m, size in sizes.items() if size]
     total = sum(p.numel() for p in model.parameters() if not is_lazy(p))
     share = sum(sizes.values()) / max(total, 1)
     if share < _LARGE_SHARE:
         return ""
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    return f"{counts}; {100 * share:.0f} % of the parameters"
+    reasons = {f"{_kind(m)}: {reason}" for m in unknown if (reason := inherent(m))}
+    return "; ".join(
+        [_counted(unknown), f"{100 * share:.0f} % of the parameters", *sorted(reasons)]
+    )
+
+
+def _without_place(outside: list[nn.Module]) -> str:
+    """Attention as a function, and norms of other libraries: a saver of memory has no module to act on there."""
+    attentions = [m for m in outside if "Attention" in _kind(m) and _has_layers(m)]
+    norms = [m for m in outside if "Norm" in _kind(m) and list(m.parameters(recurse=False))]
+    parts = [f"attention as a function in {_counted(attentions)}"] if attentions else []
+    return ", ".join([*parts, _counted(norms)] if norms else parts)
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(adapter_of(child) for child in module.children())
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _counted(modules: list[nn.Module]) -> str:
+    counts = Counter(map(_kind, modules))
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+
+
+def _products(weights: Iterable[Tensor]) -> int:
+    """Multiplications of a backward pass for one row: one product for the input, one for a trainable weight."""
+    return sum(w.numel() * (1 + w.requires_grad) for w in weights)
 
 
 def _matrices(module: nn.Module) -> list[Tensor]:
@@ -130,7 +172,7 @@ def _matrices(module: nn.Module) -> list[Tensor]:
     return [p for p in own if p.dim() > 1 and len(p) > 1]
 
 
-def _resolve(model: nn.Module, patterns: Patterns) -> _Resolution:
+def _resolve(model: nn.Module, patterns: Patterns, strict: bool) -> _Resolution:
     """Decide for every site, without touching any."""
     tree = Tree(model)
     problems = [
@@ -143,6 +185,7 @@ def _resolve(model: nn.Module, patterns: Patterns) -> _Resolution:
     claimed = _resolve_modules(tree, patterns, outcomes, resolution)
     _resolve_layers(tree, patterns, outcomes, resolution, claimed)
     problems += _without_effect(patterns, outcomes, tree)
+    problems += [] if problems or not strict else _refused(resolution)
     if problems:
         raise ValueError("sketch_: " + "\n  ".join(["nothing was changed, because", *problems]))
     resolution.sites.sort(key=lambda site: tree.order[site.name])
@@ -168,8 +211,9 @@ def _resolve_modules(
         else:
             site.reason = regions.refusal(module, sketch) or ""
             outcomes[index].append(site.reason or None)
+            site.refused = bool(site.reason)
             if not site.reason:
-                _fill_module(site, sketch)
+                _fill_module(site, module, sketch)
                 claimed |= (
                     {id(m) for m in module.modules()} if isinstance(sketch, Region) else set()
                 )
@@ -178,12 +222,15 @@ def _resolve_modules(
     return claimed
 
 
-def _fill_module(site: Site, sketch: Region | Mask) -> None:
+def _fill_module(site: Site, module: nn.Module, sketch: Region | Mask) -> None:
     site.sketch = sketch
     if isinstance(sketch, Mask):
         site.reason = "drops rows of the cotangent for all that is before it"
         return
     site.work = (sketch.keep, sketch.keep)
+    inside = [p for m in module.modules() if not isinstance(m, _TABLES) for p in _matrices(m)]
+    site.products = _products(inside)
+    site.frozen = bool(inside) and not any(p.requires_grad for p in inside)
     if sketch.mode == "recompute":
         site.saved = None  # its inputs only: what part of it all that is depends on the module
 
@@ -203,6 +250,9 @@ def _resolve_layers(
         if adapter.for_savers and not _is_site(module, adapter, patterns, index):
             continue
         site = Site(name, type(module).__name__, None)
+        owner = tree.owner_reason(module)
+        if owner is None:
+            _count(site, module, adapter)
         if index is None:
             site.reason = "no rule matches it"
         elif sketch is None:
@@ -214,11 +264,22 @@ def _resolve_layers(
             site.reason = f"left exact by {sketch}"
             outcomes[index].append(None)
         else:
-            site.reason = tree.owner_reason(module) or refusal(module, sketch) or ""
+            site.reason = owner or refusal(module, sketch) or ""
+            site.refused = owner is None and bool(site.reason)
             outcomes[index].append(site.reason or None)
             if not site.reason:
                 _fill(site, module, adapter, sketch)
         resolution.add(site, module)
+
+
+def _count(site: Site, module: nn.Module, adapter: Adapter) -> None:
+    """How much backward arithmetic the layer has, and whether its weights are frozen."""
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+        return
+    with torch.enable_grad():  # views of a weight need a gradient where the weight does
+        weights = [weight for _, weight in adapter.weights(module)]
+    site.products = _products(weights)
+    site.frozen = bool(weights) and not any(w.requires_grad for w in weights)
 
 
 def _is_site(module: nn.Module, adapter: Adapter, patterns: Patterns, index: int | None) -> bool:
@@ -240,6 +301,14 @@ def _fill(site: Site, module: nn.Module, adapter: Adapter, sketch: Estimator) ->
     else:
         advice = (sketch.advice(op, weight) for op, weight in adapter.weights(module))
         site.reason = next(filter(None, advice), "")
+
+
+def _refused(resolution: _Resolution) -> list[str]:
+    return [
+        f"{site.name or '(model)'} would stay exact (strict=True): {site.reason}"
+        for site in resolution.sites
+        if site.refused
+    ]
 
 
 def _without_effect(patterns: Patterns, outcomes: Outcomes, tree: Tree) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from backsketch.arithmetic import differentiate, spread_batch
 from backsketch.regions import RegionModule
 from backsketch.torch_private import pytree
 from backsketch.untouched import untouched
@@ -80,12 +81,12 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"
 
 
-def saved_bytes(model: nn.Module, *inputs: Any) -> SavedBytes:
+def saved_bytes(model: nn.Module, *inputs: Any, **options: Any) -> SavedBytes:
     """Measure what one forward pass keeps for its backward pass, module by module.
 
     Args:
         model: any module, in the mode that it is in; compiled modules are one entry.
-        *inputs: arguments of its forward pass.
+        *inputs, **options: arguments of its forward pass; a batch that is a dictionary may be given as it is.
 
     Returns:
         :class:`SavedBytes`. Buffers, gradients and random streams are left as they were.
@@ -100,10 +101,11 @@ def saved_bytes(model: nn.Module, *inputs: Any) -> SavedBytes:
         >>> bs.saved_bytes(model, x).total < 0.45 * 262144  # x was an input, its codes are not
         True
     """
+    inputs, options = spread_batch(model, inputs, options)
     with untouched(model):
         if _compiled(model):
-            model(*inputs)  # the hooks below must not be there when it is traced
-        return kept_by(model, lambda: model(*inputs), inputs)
+            model(*inputs, **options)  # the hooks below must not be there when it is traced
+        return kept_by(model, lambda: model(*inputs, **options), (inputs, options))
 
 
 def kept_by(
@@ -188,7 +190,7 @@ def _named(module: nn.Module, name: str, stack: list[str]) -> Iterator[None]:
 # Peaks ------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(model: nn.Module, *inputs: Any) -> int | None:
+def peak_bytes(model: nn.Module, *inputs: Any, **options: Any) -> int | None:
     """Peak memory of a forward and a backward pass above what is in use before it.
 
     On a GPU, of PyTorch's allocator; on the CPU, of the process (resident memory, on Linux; what the C
@@ -196,26 +198,16 @@ def peak_bytes(model: nn.Module, *inputs: Any) -> int | None:
 
     Args:
         model: any module. Gradients are put back as they were, and so is what :func:`saved_bytes` puts back.
-        *inputs: arguments of its forward pass; the backward pass starts from ones.
+        *inputs, **options: arguments of its forward pass; the backward pass starts from its loss, where the
+            model returns one by name, else from ones in all outputs.
 
     Returns:
         Bytes, or None where the operating system does not tell.
     """
-    leaves = [p for p in model.parameters() if p.requires_grad]
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
-
-    def step() -> None:
-        outputs = [
-            y
-            for y in pytree.tree_leaves(model(*inputs))
-            if isinstance(y, Tensor) and y.requires_grad
-        ]
-        torch.autograd.grad(
-            outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True
-        )
-
+    inputs, options = spread_batch(model, inputs, options)
     with untouched(model):
-        return peak_of(step, device)
+        return peak_of(lambda: differentiate(model, model(*inputs, **options)), device)
 
 
 def peak_of(step: Callable[[], object], device: torch.device | str = "cpu") -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from backsketch.arithmetic import Arithmetic, backward_arithmetic, spread_batch
 from backsketch.estimators import Sketch
 from backsketch.memory import mebibytes, saved_bytes
 from backsketch.nn.swap import exact
@@ -23,7 +24,10 @@ class Site:
     kept of the input, both as fractions of the exact layer; None where only a run can tell. ``reason``
     says why a site is exact, or what to expect of a sketched one. ``state`` is the live side of a
     region, whose guards run with the first batches: print the report again to see their verdict.
-    ``measured`` is set by :meth:`Report.measure`: bytes saved for the backward pass, exact and sketched.
+    ``products`` are the multiplications of its exact backward pass for one row; ``frozen`` says that its
+    weights take no gradient, so that nothing is computed for them. ``measured`` is set by
+    :meth:`Report.measure`: bytes saved for the backward pass, exact and sketched. ``refused`` marks a site
+    whose sketch cannot act there.
     """
 
     name: str
@@ -34,6 +38,9 @@ class Site:
     saved: float | None = 1.0
     measured: tuple[int, int] | None = None
     state: Any = None
+    products: int = 0
+    frozen: bool = False
+    refused: bool = False
 
     @property
     def status(self) -> str:
@@ -53,20 +60,36 @@ class Site:
     @property
     def backward(self) -> float:
         """Predicted arithmetic of the site's backward pass, as a fraction of exact."""
-        return sum(self.work) / 2 if self.acts else 1.0
+        if not self.acts:
+            return 1.0
+        return self.work[0] if self.frozen else sum(self.work) / 2
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the site's backward pass has less arithmetic, or cheaper, than the exact one."""
+        return self.acts and (self.backward < 1 or _is_cheaper(self.sketch))
+
+
+def _is_cheaper(sketch: Sketch | None) -> bool:
+    return bool(getattr(sketch, "cheaper_arithmetic", False))
 
 
 @dataclass
 class Report:
     """The sites of a model; prints as a table, iterates over :class:`Site`.
 
-    ``total`` is set by :meth:`measure`: bytes kept for the backward pass, exact and sketched.
-    ``unknown`` names the modules with weights that are of no known kind, and so are no sites.
+    ``total`` is set by :meth:`measure`: bytes kept for the backward pass, exact and sketched; ``arithmetic``
+    too: the products of matrices in an exact backward pass. ``unknown`` names the modules with weights that
+    are of no known kind, and so are no sites; ``unknown_products`` is their arithmetic for one row.
+    ``without`` counts what no module sketch can reach: attention that is a function, norms of other libraries.
     """
 
     sites: list[Site] = field(default_factory=list)
     total: tuple[int, int] | None = None
+    arithmetic: Arithmetic | None = None
     unknown: str = ""
+    unknown_products: int = 0
+    without: str = ""
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -90,25 +113,43 @@ class Report:
         """The sites that were left exact, and the regions that were found to run exactly."""
         return [site for site in self.sites if not site.acts]
 
-    def measure(self, model: nn.Module, *inputs: Any) -> Report:
+    @property
+    def arithmetic_share(self) -> float:
+        """Share of the exact backward pass's arithmetic whose sites are sketched.
+
+        Estimated from the sizes of the weights, each used once a row, until :meth:`measure` has counted it.
+        """
+        if self.arithmetic is None:
+            whole = sum(site.products for site in self.sites) + self.unknown_products
+            return sum(site.products for site in self.sites if site.reduces) / max(whole, 1)
+        counted = sum(
+            self.arithmetic.modules.get(site.name, 0) for site in self.sites if site.reduces
+        )
+        return min(counted / max(self.arithmetic.total, 1), 1.0)
+
+    def measure(self, model: nn.Module, *inputs: Any, **options: Any) -> Report:
         """Run the model, exact and as it is, and put what each site saves beside what was predicted.
 
         A storage counts for the module that saved it first: exact, a layer after a ReLU saves nothing of
-        its own. What the backward passes keep in all stands in the last line.
+        its own. What the backward passes keep in all, and which share of the backward arithmetic the sketched
+        sites have, stands in the last lines.
 
         Args:
             model: the model that the report is of, in training mode.
-            *inputs: arguments of its forward pass.
+            *inputs, **options: arguments of its forward pass; a batch that is a dictionary may be given as it is.
 
         Returns:
             This report.
         """
+        inputs, options = spread_batch(model, inputs, options)
         with exact(model):
-            before = saved_bytes(model, *inputs)
-        after = saved_bytes(model, *inputs)
+            before = saved_bytes(model, *inputs, **options)
+        after = saved_bytes(model, *inputs, **options)
         for site in self.sites:
             site.measured = before.under(site.name), after.under(site.name)
         self.total = before.total, after.total
+        names = [site.name for site in self.sites if site.products]
+        self.arithmetic = backward_arithmetic(model, lambda: model(*inputs, **options), names)
         return self
 
     def __str__(self) -> str:
@@ -128,22 +169,36 @@ class Report:
             return name, site.type, "exact", "", "", "", _bytes(site), site.reason
         fractions = (*site.work, site.saved) if site.acts else (None,) * 3
         times = ["" if f is None else f"×{f:.2f}" for f in fractions]
+        if site.frozen and site.acts:
+            times[1] = "frozen"
         return name, site.type, str(site.sketch), *times, _bytes(site), site.status
 
     def _summary(self) -> str:
-        text = (
+        lines = [
             f"{len(self.sketched)} of {len(self.sites)} sites sketched; the columns are predicted "
             "arithmetic and saved input bytes against exact"
-        )
+        ]
+        frozen = sum(site.frozen for site in self.sites)
+        if frozen:
+            lines.append(f"frozen: the weights of {frozen} sites, which have no grad_weight")
         if self.unknown:
-            text += f"\nnot known, so exact: {self.unknown}"
-        if self.total is None:
-            return text
-        before, after = self.total
-        return (
-            f"{text}\nmeasured: {mebibytes(before)} kept for the backward pass exactly, "
-            f"{mebibytes(after)} as it is (×{after / max(before, 1):.2f})"
-        )
+            lines.append(f"not known, so exact: {self.unknown}")
+        if self.without:
+            lines.append(f"without a place for a sketch: {self.without}")
+        if self.total is not None:
+            before, after = self.total
+            lines.append(
+                f"measured: {mebibytes(before)} kept for the backward pass exactly, "
+                f"{mebibytes(after)} as it is (×{after / max(before, 1):.2f})"
+            )
+        return "\n".join([*lines, self._closing()])
+
+    def _closing(self) -> str:
+        share = f"{100 * self.arithmetic_share:.0f} % of the backward arithmetic is sketched"
+        if self.arithmetic is None:
+            return f"{share}, by the sizes of the weights; report.measure(model, batch) counts it"
+        inside = sum(self.arithmetic.modules.values()) / max(self.arithmetic.total, 1)
+        return f"{share}; {100 * max(1 - inside, 0):.0f} % lies outside the sites, in functions"
 
 
 def _bytes(site: Site) -> str:

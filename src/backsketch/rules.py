@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,8 @@ from backsketch.regions import Mask
 
 __all__ = ["Pattern", "Patterns", "Tree", "matches", "no_match", "normalise", "show", "unwrap"]
 
-Pattern = str | type
+Filter = Callable[[str, nn.Module], bool]
+Pattern = str | type | Filter
 Patterns = list[tuple[Pattern, Sketch | None]]
 
 
@@ -47,8 +48,12 @@ def normalise(rules: Any) -> Patterns:
     for pattern, sketch in rules.items():
         if isinstance(pattern, str):
             malformed += _malformed(pattern)
-        elif not (isinstance(pattern, type) and issubclass(pattern, nn.Module)):
-            problems.append(f"{pattern!r} is neither a name pattern nor a module type")
+        elif not (
+            issubclass(pattern, nn.Module) if isinstance(pattern, type) else callable(pattern)
+        ):
+            problems.append(
+                f"{pattern!r} is neither a name pattern, nor a module type, nor a filter (name, module) -> bool"
+            )
         if sketch is not None and not isinstance(sketch, Sketch):
             hint = "; turn text into a sketch with bs.parse" if isinstance(sketch, str) else ""
             problems.append(f"{show(pattern)}: {sketch!r} is not a sketch{hint}")
@@ -78,6 +83,8 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     """Whether a pattern matches a module under one of its names."""
     if isinstance(pattern, type):
         return isinstance(module, pattern)
+    if not isinstance(pattern, str):
+        return bool(pattern(name, module))
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern)
@@ -88,6 +95,8 @@ def no_match(pattern: Pattern, tree: Tree) -> str:
     if isinstance(pattern, type):
         kinds = sorted({type(m).__name__ for _, m in tree.named})
         return f"no module is a {pattern.__name__}; the model has {', '.join(kinds)}"
+    if not isinstance(pattern, str):
+        return f"the filter {show(pattern)} is true of no module"
     names = [name for name, _ in tree.named if name]
     near = (
         difflib.get_close_matches(pattern.removeprefix("re:"), names, n=4, cutoff=0.4) or names[:4]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from backsketch import ops
+from backsketch.arithmetic import spread_batch
 from backsketch.estimators import Estimator, Exact, Sketch
 from backsketch.nn.swap import Swapped, exact
 
@@ -30,6 +31,7 @@ _RELATIVE_ROUNDING = 1e-5
 _ROUNDING_OF_OTHERS = 1e-7
 
 Draw = Callable[[], dict[str, Tensor]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -101,6 +103,7 @@ def check_unbiased(
     draws: int = 2000,
     reference: nn.Module | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> UnbiasedReport:
     """Raise unless the mean of many sketched gradients is the exact gradient.
 
@@ -117,6 +120,8 @@ def check_unbiased(
         seed: for the cotangent and for the module's own randomness (dropout), which is the same in
             every draw. The global random streams are left as they were.
 
+        **options: keyword arguments of the module's forward. A batch that is a dictionary may be given as it is.
+
     Returns:
         An :class:`UnbiasedReport` with the largest z and the relative variance of each tensor.
 
@@ -132,7 +137,7 @@ def check_unbiased(
         ['bias', 'weight', 'x']
     """
     moments = gradient_moments(
-        module_or_estimator, *inputs, draws=draws, reference=reference, seed=seed
+        module_or_estimator, *inputs, draws=draws, reference=reference, seed=seed, **options
     )
     tests = sum(m.exact.numel() + _NUM_DIRECTIONS + 1 for m in moments.values())
     threshold = _normal_quantile(1 - _LEVEL / (2 * max(tests, 1)))
@@ -153,12 +158,16 @@ def gradient_moments(
     draws: int = 2000,
     reference: nn.Module | None = None,
     seed: int = 0,
+    **options: Any,
 ) -> dict[str, Moments]:
     """The moments behind :func:`check_unbiased`: of each gradient, the deviation from exact."""
     if draws < 2:
         raise ValueError(f"draws must be at least 2; got {draws}")
     if isinstance(module_or_estimator, nn.Module):
-        sketched, precise = _module_draws(module_or_estimator, inputs, reference, seed)
+        arguments = spread_batch(module_or_estimator, inputs, options)
+        sketched, precise = _module_draws(module_or_estimator, arguments, reference, seed)
+    elif options:
+        raise TypeError(f"an estimator is tried on x, weight and bias; got also {sorted(options)}")
     else:
         sketched, precise = _estimator_draws(module_or_estimator, inputs, seed)
     exact_gradients = precise()
@@ -204,7 +213,7 @@ def _estimator_draws(estimator: Any, inputs: tuple[Any, ...], seed: int) -> tupl
 
 
 def _module_draws(
-    module: nn.Module, inputs: tuple[Any, ...], reference: nn.Module | None, seed: int
+    module: nn.Module, arguments: Arguments, reference: nn.Module | None, seed: int
 ) -> tuple[Draw, Draw]:
     sketched = [m for m in module.modules() if isinstance(m, Swapped)]
     if reference is None and not sketched:
@@ -219,7 +228,7 @@ def _module_draws(
 
     def draw(model: nn.Module, is_exact: bool) -> dict[str, Tensor]:
         with _frozen(model, seed):
-            return _module_gradients(model, inputs, is_exact, seed)
+            return _module_gradients(model, arguments, is_exact, seed)
 
     model = copy.deepcopy(module)
     other = copy.deepcopy(module if reference is None else reference)
@@ -227,21 +236,13 @@ def _module_draws(
 
 
 def _module_gradients(
-    model: nn.Module, inputs: tuple[Any, ...], is_exact: bool, seed: int
+    model: nn.Module, arguments: Arguments, is_exact: bool, seed: int
 ) -> dict[str, Tensor]:
     leaves: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    arguments = []
-    for i, value in enumerate(inputs):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            # A clone with the strides of the user's tensor: non-contiguous inputs are a case to test.
-            value = value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-            leaves[f"input[{i}]"] = value
-        arguments.append(value)
-    if is_exact:
-        with exact(model):
-            outputs = model(*arguments)
-    else:
-        outputs = model(*arguments)
+    inputs = [_leaf(f"input[{i}]", value, leaves) for i, value in enumerate(arguments[0])]
+    options = {name: _leaf(f"input[{name!r}]", v, leaves) for name, v in arguments[1].items()}
+    with exact(model) if is_exact else nullcontext():
+        outputs = model(*inputs, **options)
     outputs = [y for y in _tensors(outputs) if y.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
@@ -250,6 +251,16 @@ def _module_gradients(
         leaf.grad = None
     torch.autograd.backward(outputs, cotangents)
     return {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _leaf(name: str, value: Any, leaves: dict[str, Tensor]) -> Any:
+    """An argument whose gradient is checked, too, if it can have one."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    # A clone with the strides of the user's tensor: non-contiguous inputs are a case to test.
+    leaf = value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    leaves[name] = leaf
+    return leaf
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,9 +1,11 @@
-"""Linear layers of any leading shape."""
+"""Linear layers of any leading shape; with the weight transposed; several of them over groups of rows."""
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,7 +15,7 @@ from backsketch.ops.function import apply
 from backsketch.products import Source
 from backsketch.theory import variance
 
-__all__ = ["Linear", "linear"]
+__all__ = ["Linear", "TransposedLinear", "grouped_linear", "linear", "transposed_linear"]
 
 
 class Linear(Bilinear):
@@ -88,7 +90,16 @@ class RoundedLinear(Linear):
         return below, at_weight, at_bias
 
 
-_LINEAR = Linear()
+class TransposedLinear(Linear):
+    """A linear layer by the call of ``transformers.pytorch_utils.Conv1D``; the weight here is ``(out, in)``."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is not None
+        flat = torch.addmm(bias, x.view(-1, x.shape[-1]), weight.T)
+        return flat.view(*x.shape[:-1], weight.shape[0])
+
+
+_LINEAR, _TRANSPOSED = Linear(), TransposedLinear()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Estimator) -> Tensor:
@@ -116,6 +127,52 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Estimator) ->
     """
     check_estimator(sketch)
     return apply(_LINEAR, *cast_for_autocast(x, weight, bias), sketch)
+
+
+def transposed_linear(x: Tensor, weight: Tensor, bias: Tensor, sketch: Estimator) -> Tensor:
+    """:func:`linear` for a weight that is held as ``(in, out)``.
+
+    Args:
+        x: ``(*, in)``, whose leading dimensions can be viewed as one.
+        weight: ``(in, out)``.
+        bias: ``(out,)``; its gradient is exact.
+        sketch: the estimator of the two products.
+
+    Returns:
+        ``(*, out)``, bit-identical to ``torch.addmm(bias, x.view(-1, in), weight)`` in that shape.
+
+    Raises:
+        RuntimeError: on double backward.
+        TypeError: ``sketch`` is not a layer estimator.
+    """
+    check_estimator(sketch)
+    x, weight, cast_bias = cast_for_autocast(x, weight, bias)
+    return apply(_TRANSPOSED, x, weight.T, cast_bias, sketch)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, sketch: Estimator) -> Tensor:
+    """Linear layers over consecutive groups of rows, as ``F.grouped_mm`` does them, each with its own draws.
+
+    Args:
+        x: ``(rows, in)``.
+        weight: ``(groups, out, in)``.
+        ends: ``(groups,)`` index after the last row of each group; rows after the last end give zeros.
+        sketch: the estimator of each group's two products.
+
+    Returns:
+        ``(rows, out)``.
+
+    Raises:
+        RuntimeError: on double backward.
+        TypeError: ``sketch`` is not a layer estimator.
+    """
+    check_estimator(sketch)
+    bounds = [0, *ends.tolist()]
+    sizes = [after - before for before, after in itertools.pairwise(bounds)]
+    *groups, rest = x.split([*sizes, x.shape[0] - bounds[-1]])
+    with torch.autocast(x.device.type, enabled=False):  # F.grouped_mm does not know it
+        parts = [linear(rows, w, None, sketch) for rows, w in zip(groups, weight.unbind())]
+    return torch.cat([*parts, rest.new_zeros(rest.shape[0], weight.shape[1])])
 
 
 def check_estimator(sketch: object) -> None:

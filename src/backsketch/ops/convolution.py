@@ -1,4 +1,9 @@
-"""Two-dimensional convolutions: rows are samples, or positions where the kernel is 1×1."""
+"""Convolutions over one, two or three dimensions, transposed ones included.
+
+Rows are samples, or positions where the kernel has one entry. A transposed convolution keeps its weight as
+``(in, out / groups, *kernel)``; here weights always have their columns, the output channels, first
+(:func:`columns_first`).
+"""
 
 from __future__ import annotations
 
@@ -17,27 +22,41 @@ from backsketch.ops.linear import Linear, check_estimator
 from backsketch.products import Source
 from backsketch.sampling import operator
 
-__all__ = ["Conv2d", "PointwiseConv2d", "bilinear_conv2d", "conv2d"]
+__all__ = [
+    "Convolution",
+    "PointwiseConvolution",
+    "TransposedConvolution",
+    "bilinear_convolution",
+    "columns_first",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose",
+]
 
-Pair = tuple[int, ...]  # of two: height, width
+Sizes = tuple[int, ...]  # one number a spatial dimension
+
+_FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @dataclass(frozen=True)
-class Conv2d(Bilinear):
-    """A convolution over ``(samples, channels, height, width)``; rows are samples.
+class Convolution(Bilinear):
+    """A convolution over ``(samples, channels, *spatial)``; rows are samples.
 
-    ``spatial`` is the height and width of the input, which the cotangent alone does not tell.
+    ``spatial`` is the size of the input, which the cotangent alone does not tell.
     """
 
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    spatial: Pair
+    kernel: Sizes
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    spatial: Sizes
     groups: int = 1
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        convolve = _FORWARD[len(self.kernel)]
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def rows(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -78,18 +97,28 @@ class Conv2d(Bilinear):
         return self._place(part, 0, indices)
 
     def with_products(self, products: Source) -> Bilinear | None:
-        return RoundedConv2d(self, products)
+        return RoundedConvolution(self, products) if len(self.kernel) < 3 else None
 
     def unfold(self, x: Tensor) -> Tensor:
         """``(positions, channels * kernel)``: what each position of the output sees, sample by sample."""
-        columns = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride)
+        image = x.unsqueeze(2) if len(self.kernel) == 1 else x
+        columns = F.unfold(image, *self._window())
         return columns.transpose(1, 2).flatten(0, 1)
 
     def fold(self, columns: Tensor, samples: int) -> Tensor:
         """The transpose of :meth:`unfold`."""
         columns = columns.unflatten(0, (samples, -1)).transpose(1, 2)
-        # Opaque: inductor would accumulate by index.
-        return _fold(columns, self.spatial, self.kernel, self.dilation, self.padding, self.stride)
+        x = _fold(columns, _plane(self.spatial, 1), *self._window())
+        return x.squeeze(2) if len(self.kernel) == 1 else x
+
+    def _window(self) -> tuple[Sizes, Sizes, Sizes, Sizes]:
+        """Kernel, dilation, padding and stride over two dimensions."""
+        return (
+            _plane(self.kernel, 1),
+            _plane(self.dilation, 1),
+            _plane(self.padding, 0),
+            _plane(self.stride, 1),
+        )
 
     def _choose(
         self, tensor: Tensor, dim: int, indices: Tensor, weights: Tensor | None = None
@@ -123,14 +152,18 @@ class Conv2d(Bilinear):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward.default(
             cotangent, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation,
-            False, [0, 0], groups, mask,
+            False, [0] * len(self.kernel), groups, mask,
         )  # fmt: skip
 
 
-class RoundedConv2d(Conv2d):
+def _plane(sizes: Sizes, filler: int) -> Sizes:
+    return (filler, *sizes) if len(sizes) == 1 else sizes
+
+
+class RoundedConvolution(Convolution):
     """A convolution as matrix products over its positions, group by group, computed elsewhere in low precision."""
 
-    def __init__(self, exact: Conv2d, products: Source) -> None:
+    def __init__(self, exact: Convolution, products: Source) -> None:
         values = {field.name: getattr(exact, field.name) for field in fields(exact)}
         super().__init__(**values)
         object.__setattr__(self, "products", products)
@@ -178,18 +211,57 @@ class RoundedConv2d(Conv2d):
 
 
 @dataclass(frozen=True)
-class PointwiseConv2d(Linear):
-    """A 1×1 convolution is a linear layer over positions: rows are positions, columns channels."""
+class TransposedConvolution(Convolution):
+    """A transposed convolution, whose weight is given with its columns first."""
+
+    output_padding: Sizes = (0,)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias)
+        convolve = _TRANSPOSED[len(self.kernel)]
+        weight = columns_first(weight, self.groups)
+        return convolve(
+            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups,
+            self.dilation,
+        )  # fmt: skip
+
+    def with_products(self, products: Source) -> Bilinear | None:
+        return None
+
+    def _backward(
+        self, cotangent: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
+            cotangent, x, columns_first(weight, groups), [weight.shape[0]], self.stride,
+            self.padding, self.dilation, True, self.output_padding, groups, mask,
+        )  # fmt: skip
+        if mask[1]:
+            grad_weight = columns_first(grad_weight, groups).contiguous()
+        return grad_input, grad_weight, grad_bias
+
+
+def columns_first(weight: Tensor, groups: int) -> Tensor:
+    """``(in, out / groups, *kernel)`` as ``(out, in / groups, *kernel)``, and the other way round.
+
+    A view for one group, so that the exact layer is called with the very weight that the module holds.
+    """
+    if groups == 1:
+        return weight.transpose(0, 1)
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class PointwiseConvolution(Linear):
+    """A convolution of kernel 1 is a linear layer over positions: rows are positions, columns channels."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _FORWARD[x.ndim - 2](x, weight, bias)
 
     def rows(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
     def unrows(self, grad_input: Tensor, shape: tuple[int, ...]) -> Tensor:
-        n, channels, height, width = shape
-        return grad_input.view(n, height, width, channels).movedim(-1, 1)
+        samples, channels, *spatial = shape
+        return grad_input.view(samples, *spatial, channels).movedim(-1, 1)
 
     def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         return cotangent @ weight.flatten(1)
@@ -199,12 +271,13 @@ class PointwiseConv2d(Linear):
 
 
 def _folded_shape(
-    columns: Tensor, spatial: Pair, kernel: Pair, dilation: Pair, padding: Pair, stride: Pair
+    columns: Tensor, spatial: Sizes, kernel: Sizes, dilation: Sizes, padding: Sizes, stride: Sizes
 ) -> Tensor:
     channels = columns.shape[1] // (kernel[0] * kernel[1])
     return columns.new_empty(columns.shape[0], channels, spatial[0], spatial[1])
 
 
+# Opaque: inductor would accumulate by index.
 _fold = operator(
     "fold(Tensor columns, SymInt[] spatial, int[] kernel, int[] dilation, int[] padding, int[] stride)"
     " -> Tensor",
@@ -213,22 +286,22 @@ _fold = operator(
 )
 
 
-def bilinear_conv2d(
-    kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int, spatial: Pair
+def bilinear_convolution(
+    kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int, spatial: Sizes
 ) -> Bilinear:
     """The backward products of a convolution in their cheapest form."""
-    if kernel == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1:
-        return PointwiseConv2d()
-    return Conv2d(kernel, stride, padding, dilation, spatial, groups)
+    if max(kernel) == max(stride) == groups == 1 and not any(padding):
+        return PointwiseConvolution()
+    return Convolution(kernel, stride, padding, dilation, spatial, groups)
 
 
 def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Pair = 1,
-    padding: int | Pair | str = 0,
-    dilation: int | Pair = 1,
+    stride: int | Sizes = 1,
+    padding: int | Sizes | str = 0,
+    dilation: int | Sizes = 1,
     groups: int = 1,
     *,
     sketch: Estimator,
@@ -250,32 +323,129 @@ def conv2d(
         RuntimeError: on double backward.
         TypeError: ``sketch`` is not a layer estimator.
     """
+    return _convolve(x, weight, bias, stride, padding, dilation, groups, sketch)
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sizes = 1,
+    padding: int | Sizes | str = 0,
+    dilation: int | Sizes = 1,
+    groups: int = 1,
+    *,
+    sketch: Estimator,
+) -> Tensor:
+    """``F.conv1d`` with a sketched backward pass: :func:`conv2d` over ``(N, C, L)`` or ``(C, L)``."""
+    return _convolve(x, weight, bias, stride, padding, dilation, groups, sketch)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sizes = 1,
+    padding: int | Sizes | str = 0,
+    dilation: int | Sizes = 1,
+    groups: int = 1,
+    *,
+    sketch: Estimator,
+) -> Tensor:
+    """``F.conv3d`` with a sketched backward pass: :func:`conv2d` over ``(N, C, D, H, W)`` or ``(C, D, H, W)``."""
+    return _convolve(x, weight, bias, stride, padding, dilation, groups, sketch)
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sizes = 1,
+    padding: int | Sizes = 0,
+    output_padding: int | Sizes = 0,
+    groups: int = 1,
+    dilation: int | Sizes = 1,
+    *,
+    sketch: Estimator,
+) -> Tensor:
+    """``F.conv_transpose1d``, ``2d`` or ``3d`` with a sketched backward pass.
+
+    Args:
+        x: ``(N, C, *spatial)`` or ``(C, *spatial)``, of one to three spatial dimensions.
+        weight: ``(C, out / groups, *kernel)``.
+        bias: ``(out,)`` or None; its gradient is exact.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose2d``.
+        sketch: the estimator of the two products. Rows are samples, columns output channels or whole groups.
+
+    Returns:
+        The output of the exact function, bit-identical.
+
+    Raises:
+        RuntimeError: on double backward.
+        TypeError: ``sketch`` is not a layer estimator.
+    """
     check_estimator(sketch)
-    if x.ndim == 3:
-        return conv2d(
-            x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, sketch=sketch
-        ).squeeze(0)
+    dims = weight.ndim - 2
+    if x.ndim == dims + 1:
+        return conv_transpose(
+            x.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation,
+            sketch=sketch,
+        ).squeeze(0)  # fmt: skip
     x, weight, bias = cast_for_autocast(x, weight, bias)
-    kernel, dilation = (weight.shape[2], weight.shape[3]), _pair(dilation)
+    stride, padding, dilation, output_padding = (
+        _sizes(value, dims) for value in (stride, padding, dilation, output_padding)
+    )
+    op = TransposedConvolution(
+        tuple(weight.shape[2:]), stride, padding, dilation, tuple(x.shape[2:]), groups,
+        output_padding,
+    )  # fmt: skip
+    return apply(op, x, columns_first(weight, groups), bias, sketch)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sizes,
+    padding: int | Sizes | str,
+    dilation: int | Sizes,
+    groups: int,
+    sketch: Estimator,
+) -> Tensor:
+    check_estimator(sketch)
+    dims = weight.ndim - 2
+    if x.ndim == dims + 1:
+        batch = x.unsqueeze(0)
+        return _convolve(
+            batch, weight, bias, stride, padding, dilation, groups, sketch
+        ).squeeze(0)  # fmt: skip
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    kernel, dilation = tuple(weight.shape[2:]), _sizes(dilation, dims)
     if isinstance(padding, str):
         x, padding = _explicit_padding(x, kernel, dilation, padding)
-    spatial = (x.shape[2], x.shape[3])
-    make = bilinear_conv2d if sketch.needs_rows else Conv2d
-    op = make(kernel, _pair(stride), _pair(padding), dilation, groups=groups, spatial=spatial)
+    make = bilinear_convolution if sketch.needs_rows else Convolution
+    op = make(
+        kernel, _sizes(stride, dims), _sizes(padding, dims), dilation,
+        groups=groups, spatial=tuple(x.shape[2:]),
+    )  # fmt: skip
     return apply(op, x, weight, bias, sketch)
 
 
-def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _sizes(value: int | Sizes, dims: int) -> Sizes:
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * dims if len(sizes) == 1 else sizes
 
 
-def _explicit_padding(x: Tensor, kernel: Pair, dilation: Pair, padding: str) -> tuple[Tensor, Pair]:
+def _explicit_padding(
+    x: Tensor, kernel: Sizes, dilation: Sizes, padding: str
+) -> tuple[Tensor, Sizes]:
     """``"same"`` and ``"valid"`` as numbers; an odd total goes to the end, as in PyTorch."""
     if padding == "valid":
-        return x, (0, 0)
+        return x, (0,) * len(kernel)
     if padding != "same":
         raise ValueError(f"padding must be numbers, 'same' or 'valid'; got {padding!r}")
     total = [d * (k - 1) for d, k in zip(dilation, kernel)]
     if any(t % 2 for t in total):
-        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
-    return x, (total[0] // 2, total[1] // 2)
+        # F.pad starts with the last dimension.
+        x = F.pad(x, [end for t in reversed(total) for end in (0, t % 2)])
+    return x, tuple(t // 2 for t in total)
