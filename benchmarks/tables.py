@@ -262,7 +262,19 @@ def auto() -> str:
     return _markdown(header, rows)
 
 
+def families() -> str:
+    rows = []
+    for name, found in _load("families")["families"].items():
+        exact = [f"{what} {100 * part:.1f} %" for what, part in found["exact"].items()]
+        reached = f"{100 * found['share']:.1f} %"
+        sites = f"{found['sketched']} of {found['sites']}"
+        rows.append([name, reached, sites, "; ".join(exact)])
+    header = ["family", "of the backward arithmetic", "layers", "what stays exact"]
+    return _markdown(header, rows)
+
+
 TABLES = {
+    "families": families,
     "controller": controller,
     "auto": auto,
     "planner": planner,

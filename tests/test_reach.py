@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,15 @@ def test_a_region_counts_with_all_that_is_inside():
     assert report.arithmetic_share == pytest.approx(2 / 3)
 
 
+def test_a_grouped_convolution_counts_its_own_weights_alone():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8, padding=1))
+    report = bs.sketch_(model, ROWS)
+    report.measure(model, torch.randn(2, 8, 5, 5))
+    one, grouped = 2 * 2 * 25 * 64, 2 * 2 * 25 * 72
+    assert report.arithmetic.total == one + 2 * grouped  # the first layer's input needs no gradient
+    assert report.arithmetic_share == 1
+
+
 def test_a_memory_saver_sketches_no_arithmetic():
     assert bs.sketch_(Model(), bs.Quantized(bits=4)).arithmetic_share == 0
 
@@ -106,6 +117,12 @@ def test_frozen_weights_are_marked_and_have_one_product():
     report.measure(model, batch())
     assert report.arithmetic.modules["attention.out"] == 2 * 64 * 32 * 32
     assert report.arithmetic.modules["head"] == 2 * 2 * 64 * 32 * 10
+
+
+def test_a_plan_is_not_measured_on_a_model_without_it():
+    nothing: Any = None
+    with pytest.raises(ValueError, match=r"not sketched; call bs.sketch_\(model, plan\) first"):
+        bs.Plan({"head": "rows:keep=0.5"}, nothing).measure(Model(), [batch()], nothing)
 
 
 # Rules -----------------------------------------------------------------------------------------------

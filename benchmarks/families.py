@@ -1,0 +1,148 @@
+"""Nine families of transformers with random weights: which share of the backward arithmetic a class swap reaches.
+
+``python benchmarks/families.py`` writes results/families.json, from which the table of docs/families.md is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+from torch import Tensor, nn
+
+import backsketch as bs
+
+OUT = Path(__file__).resolve().parents[1] / "results" / "families.json"
+BATCH, TOKENS, WORDS = 4, 64, 512
+TEXT = {"vocab_size": WORDS, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+BERT = {
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512,
+}  # fmt: skip
+LLAMA = {**BERT, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+
+def tokens() -> Tensor:
+    return torch.randint(WORDS, (BATCH, TOKENS))
+
+
+def text() -> dict[str, Tensor]:
+    ids = tokens()
+    return {"input_ids": ids, "labels": ids}
+
+
+def pictures() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(BATCH, 3, 64, 64), "labels": torch.randint(10, (BATCH,))}
+
+
+def speech() -> dict[str, Tensor]:
+    return {"input_features": torch.randn(BATCH, 80, 128), "labels": tokens()}
+
+
+def whisper() -> nn.Module:
+    config = t.WhisperConfig(
+        **TEXT, decoder_start_token_id=1, d_model=128, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512,
+        max_source_positions=64, max_target_positions=TOKENS,
+    )  # fmt: skip
+    return t.WhisperForConditionalGeneration(config)
+
+
+def t5() -> nn.Module:
+    config = t.T5Config(
+        **TEXT, d_model=128, d_kv=32, d_ff=512, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return t.T5ForConditionalGeneration(config)
+
+
+def swin() -> nn.Module:
+    config = t.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=128, depths=[2, 2], num_heads=[4, 8], window_size=4,
+        num_labels=10,
+    )  # fmt: skip
+    return t.SwinForImageClassification(config)
+
+
+def convnext() -> nn.Module:
+    config = t.ConvNextConfig(
+        image_size=64, hidden_sizes=[128, 256], depths=[2, 2], num_stages=2, num_labels=10
+    )
+    return t.ConvNextForImageClassification(config)
+
+
+def gpt2() -> nn.Module:
+    config = t.GPT2Config(**TEXT, n_embd=128, n_layer=2, n_head=4, n_positions=TOKENS)
+    return t.GPT2LMHeadModel(config)
+
+
+def vit() -> nn.Module:
+    return t.ViTForImageClassification(
+        t.ViTConfig(**BERT, image_size=64, patch_size=8, num_labels=10)
+    )
+
+
+def mixtral() -> nn.Module:
+    config = t.MixtralConfig(**TEXT, **LLAMA, num_local_experts=4, num_experts_per_tok=2)
+    return t.MixtralForCausalLM(config)
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]
+FAMILIES: dict[str, Case] = {
+    "BERT": (lambda: t.BertForMaskedLM(t.BertConfig(**BERT, vocab_size=WORDS)), text),
+    "GPT-2": (gpt2, text),
+    "Llama": (lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, **LLAMA)), text),
+    "ViT": (vit, pictures),
+    "Swin": (swin, pictures),
+    "ConvNeXt": (convnext, pictures),
+    "T5": (t5, text),
+    "Whisper": (whisper, speech),
+    "Mixtral": (mixtral, text),
+}
+
+
+def reached(family: str, sketch: bs.Estimator) -> dict[str, Any]:
+    """What a class swap reaches in one family."""
+    build, batch = FAMILIES[family]
+    torch.manual_seed(0)
+    model = build().train()
+    model.config.use_cache = False
+    report = bs.sketch_(model, sketch)
+    report.measure(model, batch())
+    assert report.arithmetic is not None
+    total, counted = report.arithmetic.total, report.arithmetic.modules
+    rest: dict[str, float] = {}
+    for site in report.exact:
+        what = f"{site.type}: {site.reason}"
+        rest[what] = rest.get(what, 0.0) + counted.get(site.name, 0) / total
+    rest["in functions, such as attention's own products"] = 1 - sum(counted.values()) / total
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sites": len(report.sites),
+        "sketched": len(report.sketched),
+        "share": round(report.arithmetic_share, 4),
+        "exact": {what: round(part, 4) for what, part in rest.items() if part >= 5e-4},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sketch", default="rows:keep=0.5")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = {}
+    for family in FAMILIES:
+        found[family] = reached(family, bs.parse(options.sketch))
+        print(f"{family:<10}", json.dumps(found[family]))
+    versions = {"torch": torch.__version__, "transformers": t.__version__}
+    content = {"sketch": options.sketch, "versions": versions, "families": found}
+    options.out.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
