@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import backsketch as bs
-from backsketch.regions import Mask, Region, attach, capture, refusal, runner, state_of
+from backsketch.regions import Mask, Region, RunsExactly, attach, capture, refusal, runner, state_of
 from backsketch.regions.state import RegionState, runtime_of
 from region_models import (
     CNN,
@@ -462,6 +463,22 @@ def test_the_first_batch_catches_what_the_proof_missed(monkeypatch: pytest.Monke
     state = run(Lambda(lambda x, w: (x * w).sin() + (x * w).flip(0)), torch.randn(6, 4))
     assert state.status == "exact"
     assert "do not add up" in str(state.reason)
+
+
+def test_exact_execution_is_warned_of_once_for_each_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Lambda(lambda x, w: (x - x.mean(0)) * w))
+    bs.sketch_(model, {"1": bs.Region(keep=0.5)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(torch.randn(8, 4)).square().sum().backward()
+    told = [w for w in caught if issubclass(w.category, RunsExactly)]
+    assert len(told) == 1
+    assert str(told[0].message).startswith("the region 1 runs exactly: ")
+    whole = Lambda(lambda x, w: (x - x.mean(0)) * w)
+    bs.sketch_(whole, bs.Region(keep=0.5))
+    with pytest.warns(RunsExactly, match="the model runs exactly"):
+        whole(torch.randn(8, 4, requires_grad=True)).square().sum().backward()
 
 
 def test_reports_are_by_region() -> None:

@@ -13,7 +13,9 @@ from backsketch.regions.module import attach as attach
 from backsketch.regions.spec import Mask as Mask
 from backsketch.regions.spec import Region as Region
 from backsketch.regions.state import RegionState as RegionState
+from backsketch.regions.state import RunsExactly as RunsExactly
 from backsketch.regions.state import forget as forget
 from backsketch.regions.state import ignore_scores as ignore_scores
 from backsketch.regions.state import record_scores as record_scores
+from backsketch.regions.state import scores_of as scores_of
 from backsketch.regions.state import state_of as state_of

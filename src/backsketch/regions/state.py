@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
@@ -14,15 +15,21 @@ from backsketch.regions.spec import Region
 
 __all__ = [
     "RegionState",
+    "RunsExactly",
     "Runtime",
     "forget",
     "ignore_scores",
     "record_scores",
     "runtime_of",
+    "scores_of",
     "state_of",
 ]
 
 Status = Literal["pending", "active", "exact"]
+
+
+class RunsExactly(UserWarning):
+    """A region runs exactly, because its backward pass cannot be sketched without bias."""
 
 
 @dataclass(eq=False)
@@ -45,7 +52,8 @@ class Runtime:
     ``spec`` is the sketch of the current forward pass, ``runner`` the compiled call that fits it,
     ``exhausted`` holds runners that were recompiled too often, ``seen`` the signatures of arguments that
     were captured. ``live_fraction`` is the share of rows with a cotangent, where counting them would
-    wait for an accelerator. ``scores``, where somebody records, collects the row norms of cotangents.
+    wait for an accelerator. ``scores``, where somebody records, collects the row norms of cotangents;
+    ``told`` holds the reasons for exact execution that were warned of.
     """
 
     state: RegionState
@@ -56,10 +64,15 @@ class Runtime:
     seen: set[Any] = field(default_factory=set)
     live_fraction: float | None = None
     scores: deque[Tensor] | None = None
+    told: set[str] = field(default_factory=set)
 
     def settle(self, status: Status, reason: str | None = None) -> None:
-        """Write down the outcome of a guard."""
+        """Write down the outcome of a guard; a new reason for exact execution is warned of, once."""
         self.state.status, self.state.reason = status, reason
+        if status == "exact" and reason and reason not in self.told:
+            self.told.add(reason)
+            name = self.state.name or "the model"
+            warnings.warn(f"the region {name} runs exactly: {reason}", RunsExactly, stacklevel=3)
 
     def refuse(self, reason: str) -> None:
         """Run exactly from now on."""
@@ -103,6 +116,11 @@ def record_scores(module: nn.Module, length: int) -> deque[Tensor]:
     runtime = runtime_of(module)
     runtime.scores = deque(maxlen=length)
     return runtime.scores
+
+
+def scores_of(module: nn.Module) -> deque[Tensor] | None:
+    """The queue that :func:`record_scores` returned last for a region, None where nobody records."""
+    return runtime_of(module).scores
 
 
 def ignore_scores(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -28,6 +29,7 @@ from backsketch.planning.profiling.progress import stages
 from backsketch.planning.profiling.records import MaskOption, Option, ProfileData, SiteProfile
 from backsketch.planning.profiling.sites import Site, find_sites
 from backsketch.planning.profiling.times import Costs, site_costs
+from backsketch.regions import RunsExactly
 from backsketch.regions.rows import scores
 from backsketch.rules import unwrap
 from backsketch.theory.noise import GradientSums
@@ -52,7 +54,9 @@ def measured(
     with (
         stages("profile", _STAGES + len(data), progress) as tick,
         untouched(model, training=True, seed=0),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore", RunsExactly)  # regions are tried here
         try:
             return _measured(model, data, loss_fn, tick)
         finally:
