@@ -541,22 +541,43 @@ def test_where_sketches_cannot_pay_everything_is_exact_and_the_log_says_why(digi
     even = [torch.randn(SIZE, 64) for _ in range(6)]  # every row's cotangent is ones
     assert "rows matter alike" in reason(nn.Sequential(nn.Linear(64, 512)), even, target=0.02)
 
-    class WithLoss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = mlp()
 
-        def forward(self, x):
-            return self.body(x).square().mean()
+class WithLoss(nn.Module):
+    """Returns its loss alone, as a mean or a sum over the samples."""
 
-    model = WithLoss()
+    def __init__(self, body, reduction):
+        super().__init__()
+        self.body, self.reduction = body, reduction
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.body(x), y, reduction=self.reduction)
+
+
+def measured_with_its_loss(digits, reduction, loss_inside):
+    """Noise scale and extra variance after some steps at the weights of the start."""
+    torch.manual_seed(0)
+    model = WithLoss(mlp(), reduction)
     bs.sketch_(model, {"body": bs.Region(keep=0.5)})
-    control = bs.Controller(model)
-    for batch in drawn(digits, 0, 5):
-        model(batch[0]).backward()
+    control = bs.Controller(model if loss_inside else model.body, 0.05, interval=1)
+    for x, y in drawn(digits, 0, 4):
+        model(x, y).backward()
         control.step()
-    assert control.keeps == {"body": 1.0}
-    assert "leading dimension" in control.log[-1].reason
+    return control.noise_scale, control.extra_variance
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_model_that_returns_its_loss_is_measured_as_one_that_returns_its_outputs(
+    digits, reduction, monkeypatch
+):
+    expected = measured_with_its_loss(digits, reduction, loss_inside=False)
+    noise, omega = measured_with_its_loss(digits, reduction, loss_inside=True)
+    assert noise == pytest.approx(expected[0], rel=1e-3)
+    assert 0 < omega < 3 * expected[1]  # the prior of a region over the whole model is another
+    # The mutation: a sum taken for a mean, and the other way round.
+    right = calibration._distance
+    monkeypatch.setattr(calibration, "_distance", lambda *parts: -right(*parts))
+    wrong = measured_with_its_loss(digits, reduction, loss_inside=True)[0]
+    assert abs(wrong / noise - 1) > 0.2
 
 
 def test_a_model_that_is_never_called_is_told_so(digits):

@@ -20,7 +20,8 @@ from rich.console import Console
 
 import backsketch as bs
 from backsketch import models
-from backsketch.train import ImageData, Interrupted, TrainError, measure, train
+from backsketch.planning.measure import step as measure
+from backsketch.train import ImageData, Interrupted, TrainError, train
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import RECIPES, TrainConfig, mismatch, resolve
 from backsketch.train.errors import StopRequest

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch.planning import auto_plan
 from backsketch.planning.control.sites import MovableSite, movable_sites
+from backsketch.planning.measure import step as measure
 from backsketch.torch_private import load_compiler
-from backsketch.train import measure
 
 __all__ = ["AUTO", "Auto", "Run"]
 

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import backsketch as bs
-from backsketch.train import measure
+from backsketch.planning.measure import step as measure
 from backsketch.train.auto import AUTO, Auto
 from backsketch.train.checkpoint import (
     load_checkpoint,

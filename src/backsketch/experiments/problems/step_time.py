@@ -17,7 +17,7 @@ from torch import nn
 from backsketch.experiments.problems.data import dataset
 from backsketch.experiments.problems.training import Training, WatchedTrainer, config_of
 from backsketch.planning.bench import checkpointed, clock_of
-from backsketch.train import measure
+from backsketch.planning.measure import step as measure
 from backsketch.train.images import Batch
 from backsketch.train.setup import make_accelerator
 

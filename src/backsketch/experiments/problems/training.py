@@ -15,8 +15,8 @@ from rich.console import Console
 
 import backsketch as bs
 from backsketch.experiments.problems.data import dataset
+from backsketch.planning.measure import step as measure
 from backsketch.theory.noise import GradientSums
-from backsketch.train import measure
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.errors import StopRequest
 from backsketch.train.images import ImageData

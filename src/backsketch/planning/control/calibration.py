@@ -10,7 +10,8 @@ those of the others :math:`g_b`, and :math:`g = g_a + g_b`. The two are independ
 
 Both are free of bias at this very batch size, from one batch, and their ratio is the noise scale. With an odd
 n the first is too large by :math:`\|\bar g\|^2/n^2`, and the factor 4 is :math:`n^2/(n_a n_b)`. Rows are the
-leading dimension of the outputs; in a batch whose order is no accident the halves are not alike.
+leading dimension of the outputs; in a batch whose order is no accident the halves are not alike. A model that
+returns its loss is run on each half of its batch instead, and each half's loss has its share of the cotangent.
 
 **The extra variance.** A pass with the sketches active, on the same numbers and cotangents, gives
 :math:`\|\hat g - g\|^2`, one draw of its numerator.
@@ -109,12 +110,17 @@ def measure(
     with replaying(model, call, name) as replay:
         with switched(dict.fromkeys(modules, True)):
             outputs, cotangents, work = _forward(model, replay, with_work)
-            parts, factor = _halves(cotangents)
-            first = replay.vjp(outputs, parts[0], retain=True)
-            second = replay.vjp(outputs, parts[1])
-        sgd = squared_distance(first, second)
-        exact = [a.add_(b) for a, b in zip(first, second)]
-        del first, second, outputs
+            if all(g.ndim == 0 for g in cotangents):
+                sgd, factor = _halves_of_batch(replay, outputs, cotangents)
+                exact = replay.vjp(outputs, cotangents)
+            else:
+                parts, factor = _halves(cotangents)
+                first = replay.vjp(outputs, parts[0], retain=True)
+                second = replay.vjp(outputs, parts[1])
+                sgd = squared_distance(first, second)
+                exact = [a.add_(b) for a, b in zip(first, second)]
+                del first, second
+        del outputs
         square = factor * (squared_norm(exact) - sgd) / 4
         for site, keep in zip(sites, keeps):
             site.set_keep(keep)
@@ -139,7 +145,7 @@ def _halves(cotangents: Sequence[Tensor]) -> tuple[tuple[list[Tensor], list[Tens
     if len(sizes) != 1 or (n := sizes.pop()) == 0:
         raise Unmeasurable(
             "the outputs that get a gradient do not share a leading dimension of samples, so that SGD's own "
-            "variance cannot be measured: let the model return the outputs, not the loss"
+            "variance cannot be measured: let the model return such outputs, or the loss as a single number"
         )
     if n < 2:
         raise Unmeasurable("a batch of one sample has no halves")
@@ -149,6 +155,40 @@ def _halves(cotangents: Sequence[Tensor]) -> tuple[tuple[list[Tensor], list[Tens
         a[half:] = 0
         b[:half] = 0
     return (first, second), n * n / (half * (n - half))
+
+
+def _halves_of_batch(
+    replay: Replay, losses: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[float, float]:
+    """SGD's variance, from the losses of two halves of the batch, where the model returns its loss alone.
+
+    Whether the loss is a mean over the samples or a sum is told by its value.
+    """
+    n = replay.num_rows
+    if n < 2:
+        raise Unmeasurable("a batch of one sample has no halves")
+    half = n // 2
+    try:
+        parts = [replay.forward(0, rows)[0] for rows in (slice(half), slice(half, None))]
+    except Exception as error:  # a model may ask for batches of one size
+        raise Unmeasurable(f"the model cannot be run on a half of its batch: {error}") from error
+    shares = [half / n, 1 - half / n]
+    if _distance(losses, parts, (1.0, 1.0)) < _distance(losses, parts, shares):
+        shares = [1.0, 1.0]
+    first, second = (
+        replay.vjp(part, [g * share for g in cotangents]) for part, share in zip(parts, shares)
+    )
+    return squared_distance(first, second), n * n / (half * (n - half))
+
+
+def _distance(
+    whole: Sequence[Tensor], parts: Sequence[Sequence[Tensor]], shares: Sequence[float]
+) -> float:
+    """Between losses of a batch and the weighted sums of those of its halves."""
+    return math.fsum(
+        abs(float((all_ - shares[0] * a - shares[1] * b).detach()))
+        for all_, a, b in zip(whole, *parts)
+    )
 
 
 def _watched(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from backsketch.regions import RegionModule, scores_of
 from backsketch.torch_private import pytree
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "listen",
     "rerun",
     "tensors_of",
+    "unseen",
     "watching",
 ]
 
@@ -70,9 +72,11 @@ def listen(
         Handles, to be removed.
     """
     records: list[Any] = []
+    since = _UNSEEN[-1]
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        records.append(called(args, kwargs) if torch.is_grad_enabled() else None)
+        follows = torch.is_grad_enabled() and since is _UNSEEN[-1]
+        records.append(called(args, kwargs) if follows else None)
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
         record = records.pop() if records else None
@@ -88,6 +92,27 @@ def listen(
         module.register_forward_pre_hook(Hook(before), with_kwargs=True),
         module.register_forward_hook(Hook(after)),
     ]
+
+
+_UNSEEN: list[object] = [None]  # the blocks that are open, a mark each
+
+
+@contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """Passes inside the block are no training: hooks that :func:`listen` put before do not follow them.
+
+    The row scores that regions of ``model`` collect are afterwards those from before.
+    """
+    found = [scores_of(m) for m in model.modules() if isinstance(m, RegionModule)]
+    collected = [(trace, list(trace)) for trace in found if trace is not None]
+    _UNSEEN.append(object())
+    try:
+        yield
+    finally:
+        _UNSEEN.pop()
+        for trace, before in collected:
+            trace.clear()
+            trace.extend(before)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -104,18 +104,42 @@ class Replay:
     parameters: Sequence[nn.Parameter]
     restart: Callable[[int], None]
 
-    def forward(self, number: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-        """The outputs that got cotangents, and these; ``number`` names the sketches' draws."""
+    def forward(
+        self, number: int = 0, rows: slice | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs that got cotangents, and these.
+
+        Where a loss is among them, the others got theirs through it, and it is the only one.
+
+        Args:
+            number: names the sketches' draws.
+            rows: of the batch, None for all: of every argument whose first dimension is that of the first tensor.
+        """
         torch.set_rng_state(self.call.states[0])
         for state in self.call.states[1:]:
             torch.cuda.set_rng_state(state, _device(self.model))
         self.restart(number)
-        args, kwargs = pytree.tree_map_only(Tensor, fresh, self.call.args)
+        args, kwargs = pytree.tree_map_only(Tensor, fresh, self._arguments(rows))
         kind, dtype, on = self.call.autocast
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled=on):
             outputs = [t for t in tensors_of(self.model(*args, **kwargs)) if t.requires_grad]
         got = [i for i in sorted(self.call.cotangents) if i < len(outputs)]
+        got = [i for i in got if self.call.cotangents[i].ndim == 0] or got
         return [outputs[i] for i in got], [self.call.cotangents[i] for i in got]
+
+    @property
+    def num_rows(self) -> int:
+        """Samples in the batch, by the first argument that is no plain number."""
+        sizes = [t.shape[0] for t in tensors_of(self.call.args) if t.ndim]
+        return sizes[0] if sizes else 0
+
+    def _arguments(self, rows: slice | None) -> Any:
+        n = self.num_rows
+        if rows is None:
+            return self.call.args
+        return pytree.tree_map_only(
+            Tensor, lambda t: t[rows] if t.ndim and t.shape[0] == n else t, self.call.args
+        )
 
     def vjp(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain: bool = False

@@ -12,12 +12,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import backsketch as bs
+from backsketch.arithmetic import product_counter
 from backsketch.memory import kept_by
+from backsketch.nn.swap import exact as exactly
 from backsketch.theory.noise import GradientSums
 from backsketch.untouched import repeatable, untouched
+
+__all__ = [
+    "backward_flops",
+    "backward_flops_ratio",
+    "extra_variance",
+    "saved_bytes",
+    "warm",
+]
 
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
@@ -29,7 +37,7 @@ def backward_flops(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
     Attention is counted through its mathematical form, since PyTorch's counter has no formula for
     the fused kernel on a CPU.
     """
-    counter = FlopCounterMode(display=False)
+    counter = product_counter()
     with untouched(model, training=True, seed=0), sdpa_kernel(SDPBackend.MATH):
         # The first pass of a region captures and checks it, which later ones do not repeat.
         _gradients(model, loss_fn(model, batch))
@@ -42,7 +50,7 @@ def backward_flops(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
 def backward_flops_ratio(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> float:
     """`backward_flops` as the model is, over the same of the exact model."""
     sketched = backward_flops(model, batch, loss_fn)
-    with bs.exact(model):
+    with exactly(model):
         return sketched / backward_flops(model, batch, loss_fn)
 
 
@@ -75,7 +83,7 @@ def extra_variance(
     error, sums = 0.0, GradientSums()
     with untouched(model, training=True):
         for number, batch in enumerate(batches):
-            with bs.exact(model):
+            with exactly(model):
                 exact = _gradient(model, batch, loss_fn, number)
             sums.add([exact])
             for _ in range(draws):
@@ -98,3 +106,9 @@ def _gradient(model: nn.Module, batch: B, loss_fn: LossFn[B], seed: int) -> Tens
     with repeatable(model, seed):
         grads = _gradients(model, loss_fn(model, batch))
     return torch.cat([g.flatten().double() for g in grads])
+
+
+def warm(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> None:
+    """One training pass that leaves nothing behind, in which regions are captured and verified."""
+    with untouched(model, training=True, seed=0):
+        _gradients(model, loss_fn(model, batch))
