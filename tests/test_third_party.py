@@ -133,3 +133,55 @@ def test_the_librarys_own_checkpointing_works(kind):
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(grads) > 30
     assert all(bool(g.isfinite().all()) for g in grads)
+
+
+# Adapters --------------------------------------------------------------------------------------------
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value"], r=2))
+
+
+RULES = {"*lora_*": None, "": bs.Rows(keep=0.5)}
+
+
+@pytest.mark.parametrize("order", ["base first", "adapters first"])
+def test_adapters_go_onto_sketched_bases_in_either_order(order):
+    model, batch = bert()
+    if order == "base first":
+        bs.sketch_(model, bs.Rows(keep=0.5))
+        model = adapted(model)
+        assert any(is_swapped(m) for n, m in model.named_modules() if n.endswith("base_layer"))
+        bs.restore_(model)
+    else:
+        model = adapted(model)
+    report = bs.sketch_(model, RULES)
+    frozen = {site.name for site in report if site.frozen}
+    assert all("lora_" not in name for name in frozen)
+    assert {site.name.split(".")[-1] for site in report.exact} == {"default"}
+    assert any(name.endswith("query.base_layer") for name in frozen)
+    model.train()
+    model(**batch).loss.backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert got
+    assert all("lora_" in name for name in got)
+
+
+def test_adapters_merge_into_a_sketched_base_and_come_back():
+    model, batch = bert()
+    model = adapted(model).eval()
+    plain = model(**batch).logits
+    bs.sketch_(model, RULES)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=3.0)
+    with_adapters = model(**batch).logits
+    assert not torch.allclose(plain, with_adapters, atol=1e-4)
+    model.merge_adapter()
+    torch.testing.assert_close(model(**batch).logits, with_adapters, atol=1e-5, rtol=1e-4)
+    assert sum(map(is_swapped, model.modules())) > 5
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(**batch).logits, with_adapters, atol=1e-5, rtol=1e-4)
+    merged = bs.restore_(model).merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, with_adapters, atol=1e-5, rtol=1e-4)

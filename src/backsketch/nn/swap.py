@@ -71,7 +71,9 @@ def _swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[Swap
             "__doc__": original.__doc__,
             "forward": _forward(mixin, original),
         }
-        cls: Any = type(f"Sketched{original.__name__}", (mixin, original), body)
+        # A class that writes its name into files, as those of `transformers` do, keeps it.
+        prefix = "" if hasattr(original, "save_pretrained") else "Sketched"
+        cls: Any = type(f"{prefix}{original.__name__}", (mixin, original), body)
         _CLASSES[key] = cls
     return _CLASSES[key]
 
