@@ -39,6 +39,8 @@ ESTIMATORS = [
     bs.Int8(),
     bs.Int8(save=True),
     bs.Int8(sketch=bs.Rows(keep=0.5)),
+    bs.Float8(),
+    bs.Float8(save=True),
     bs.Split(grad_weight=bs.Rows(keep=0.5)),
     bs.Split(grad_input=bs.Columns(keep=0.5), grad_weight=bs.StoredRows(keep=0.5)),
 ]
@@ -55,6 +57,7 @@ FAMILIES = [
     bs.Projection(keep=0.5, kind="srht"),
     bs.Quantized(bits=2),
     bs.Int8(),
+    bs.Float8(),
     bs.Split(grad_weight=bs.Rows(keep=0.5)),
 ]
 

@@ -89,6 +89,7 @@ MUTATIONS: dict[type[bs.Estimator], Mutation] = {
     bs.Rows: drop_the_weights,
     bs.Columns: drop_the_weights,
     bs.Int8: halve_the_dither_of_products,
+    bs.Float8: halve_the_dither_of_products,
     bs.LowRank: drop_the_weights,
     bs.StoredRows: drop_the_weights,
     bs.Projection: redraw_the_signs,

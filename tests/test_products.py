@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch import products
 from backsketch.products import eager, native
+from backsketch.products.numbers import NUMBERS
 from backsketch.sampling import next_seed
 from backsketch.testing import Moments, _check_directions, _check_entries
 from mutations import halve_the_dither_of_products
@@ -84,7 +85,9 @@ def hard(name: str) -> list[Tensor]:
     return [t.to(dtype) for t in (g, x, w)]
 
 
-def moments(g: Tensor, x: Tensor, w: Tensor, draws: int, save: bool = False) -> list[Moments]:
+def moments(
+    g: Tensor, x: Tensor, w: Tensor, draws: int, save: bool = False, numbers: str = "int8"
+) -> list[Moments]:
     wide = [t.double() for t in (g, x, w)]
     # What is rounded to bfloat16 at the end is rounded to nearest: not a bias of the products.
     size = 2.0**-8 if g.dtype == torch.bfloat16 else 0.0
@@ -92,8 +95,8 @@ def moments(g: Tensor, x: Tensor, w: Tensor, draws: int, save: bool = False) -> 
     collected = [Moments(e, rounding=size * float(e.abs().max())) for e in exact]
     for _ in range(draws):
         seed = next_seed(g)
-        packed = products.pack(x, next_seed(x)) if save else None
-        pair = products.vjps(g, None if save else x, w, seed, packed=packed)
+        packed = products.pack(x, next_seed(x), numbers=numbers) if save else None
+        pair = products.vjps(g, None if save else x, w, seed, packed=packed, numbers=numbers)
         for m, estimate in zip(collected, pair):
             m.add(estimate)
     return collected
@@ -105,17 +108,26 @@ def check(collected: list[Moments]) -> None:
         _check_directions(name, m, 5.5)
 
 
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("save", [False, True], ids=["fresh", "saved"])
 @pytest.mark.parametrize("name", HARD)
-def test_hard_operands_have_unbiased_products(name, save):
-    check(moments(*hard(name), draws=1000, save=save))
+def test_hard_operands_have_unbiased_products(name, save, numbers):
+    check(moments(*hard(name), draws=1000, save=save, numbers=numbers))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_operands_have_unbiased_products_over_4_000_draws(name, numbers):
+    check(moments(*hard(name), draws=4000, numbers=numbers))
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("name", ["six decades", "equal", "outlier"])
-def test_a_wrong_dither_is_noticed(name, monkeypatch):
+def test_a_wrong_dither_is_noticed(name, numbers, monkeypatch):
     halve_the_dither_of_products(monkeypatch)
     with pytest.raises(AssertionError, match="biased"):
-        check(moments(*hard(name), draws=1000))
+        check(moments(*hard(name), draws=1000, numbers=numbers))
 
 
 def test_blocks_of_rows_are_summed_and_long_contractions_split():
@@ -149,7 +161,7 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch):
 
 
 def test_the_report_says_where_no_gain_in_time_is_expected(monkeypatch):
-    monkeypatch.setattr(products, "why_slow", lambda device="cpu": "this processor is too old")
+    monkeypatch.setattr(products, "why_slow", lambda *_: "this processor is too old")
     report = bs.sketch_(nn.Linear(128, 128), bs.Int8())
     assert "expect no gain in time: this processor is too old" in str(report)
 

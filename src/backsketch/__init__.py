@@ -29,6 +29,7 @@ from backsketch.estimators import Columns as Columns
 from backsketch.estimators import Elements as Elements
 from backsketch.estimators import Estimator as Estimator
 from backsketch.estimators import Exact as Exact
+from backsketch.estimators import Float8 as Float8
 from backsketch.estimators import Int8 as Int8
 from backsketch.estimators import LowRank as LowRank
 from backsketch.estimators import Projection as Projection

@@ -6,6 +6,7 @@ from backsketch.estimators.bilinear import Bilinear as Bilinear
 from backsketch.estimators.columns import Columns as Columns
 from backsketch.estimators.elements import Elements as Elements
 from backsketch.estimators.exact import Exact as Exact
+from backsketch.estimators.float8 import Float8 as Float8
 from backsketch.estimators.int8 import Int8 as Int8
 from backsketch.estimators.low_rank import LowRank as LowRank
 from backsketch.estimators.projection import Projection as Projection

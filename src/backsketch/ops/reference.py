@@ -19,6 +19,7 @@ from backsketch.estimators import (
     Elements,
     Estimator,
     Exact,
+    Float8,
     Int8,
     LowRank,
     Projection,
@@ -27,7 +28,8 @@ from backsketch.estimators import (
     Split,
     StoredRows,
 )
-from backsketch.products import eager as int8
+from backsketch.products import eager as eight_bit
+from backsketch.products.numbers import NUMBERS, Numbers
 from backsketch.sampling import Sample, draw, key_of, num_kept, uniform_like
 
 __all__ = ["sketched_vjp"]
@@ -194,35 +196,36 @@ class _SlowProducts:
     Both kinds of products are counted apart: an estimator begins anew for each.
     """
 
-    def __init__(self, seed: Tensor) -> None:
-        self.seed, self.calls = seed, [1000, 1000]
+    def __init__(self, seed: Tensor, numbers: Numbers) -> None:
+        self.seed, self.calls, self.numbers = seed, [1000, 1000], numbers
 
     def vjps(self, g: Tensor, x: Any, weight: Any, **_: Any) -> tuple[Any, Any, Any]:
         self.calls[weight is None] += 1
         keys = [key_of(self.seed, 4 * self.calls[weight is None] + i) for i in range(3)]
-        codes, steps = int8.round_by_rows(g, keys[0])
+        codes, steps = eight_bit.round_by_rows(g, keys[0], self.numbers)
         below = at_weight = None
         if weight is not None:
-            of_weight, column = int8.round_by_columns(weight, keys[1])
+            of_weight, column = eight_bit.round_by_columns(weight, keys[1], numbers=self.numbers)
             below = (codes * steps).double() @ (of_weight * column).double()
         if x is not None:
             at_weight = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64)
-            for start in range(0, len(x), int8.BLOCK):
-                rows = slice(start, start + int8.BLOCK)
-                of_x, column = int8.round_by_columns(
-                    x[rows] * (steps[rows] / steps[rows].max()), keys[2], start
+            for rows in self.numbers.blocks(len(x)):
+                of_x, column = eight_bit.round_by_columns(
+                    x[rows] * (steps[rows] / steps[rows].max()), keys[2], rows.start, self.numbers
                 )
                 at_weight += codes[rows].double().T @ (of_x * column * steps[rows].max()).double()
         below, at_weight = (None if t is None else t.to(g.dtype) for t in (below, at_weight))
         return below, at_weight, None
 
 
-def _int8(e: Int8, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, f: Tensor) -> Products:
+def _eight_bit(
+    e: Int8 | Float8, op: Bilinear, g: Tensor, w: Tensor, x: Tensor, s: Tensor, f: Tensor
+) -> Products:
     if e.save:
         raise NotImplementedError(
             "codes kept by the forward pass have their twin in products.eager"
         )
-    rounded = op.with_products(_SlowProducts(s))
+    rounded = op.with_products(_SlowProducts(s, NUMBERS[e.numbers]))
     assert rounded is not None
     return sketched_vjp(e.sketch or Exact(), rounded, g, w, x, s, f)
 
@@ -242,7 +245,8 @@ _TWINS: dict[type[Estimator], Callable[..., Products]] = {
     LowRank: _low_rank,
     StoredRows: _stored_rows,
     Projection: _projection,
-    Int8: _int8,
+    Int8: _eight_bit,
+    Float8: _eight_bit,
     Quantized: _quantized,
     Split: _split,
 }

@@ -15,18 +15,24 @@ where the sum over blocks is one of float32. A row of small cotangents has a sma
 stays zero. Where the input was rounded in the forward pass (:func:`pack`), before s was known, the cotangent is
 rounded a second time for ``grad_weight``, by block and column.
 
+That is ``int8``. In ``float8`` the levels are floating-point numbers (e4m3), scales are powers of two, and one
+block has all rows: :mod:`backsketch.products.numbers` holds both sets of numbers.
+
 The uniforms come from a counter-based hash of a seed and have 16 bits: the bias of an entry is at most
-:math:`2^{-17}\Delta`. A group that holds a NaN or an Inf becomes NaN as a whole: it reaches the gradients.
+:math:`2^{-17}` of the distance of its levels. A group that holds a NaN or an Inf becomes NaN as a
+whole: it reaches the gradients.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from backsketch.products import eager, native
+from backsketch.products.numbers import NUMBERS, has_scaled_mm
 from backsketch.sampling import key_of, operator
 
 __all__ = ["Products", "Source", "is_fast", "pack", "unpack", "vjps", "why_slow"]
@@ -51,10 +57,11 @@ class Products:
 
     Args:
         seed: of the backward pass (:func:`backsketch.sampling.next_seed`).
+        numbers: ``"int8"`` or ``"float8"``, what operands are rounded to.
     """
 
-    def __init__(self, seed: Tensor) -> None:
-        self._seed, self._stream = seed, _FIRST_STREAM
+    def __init__(self, seed: Tensor, numbers: str = "int8") -> None:
+        self._seed, self._stream, self._numbers = seed, _FIRST_STREAM, numbers
 
     def vjps(
         self,
@@ -68,8 +75,9 @@ class Products:
         """See :func:`vjps`."""
         self._stream += 1
         return vjps(
-            g, x, weight, self._seed, packed=packed, with_bias=with_bias, stream=self._stream
-        )
+            g, x, weight, self._seed, packed=packed, with_bias=with_bias,
+            stream=self._stream, numbers=self._numbers,
+        )  # fmt: skip
 
 
 def vjps(
@@ -81,6 +89,7 @@ def vjps(
     packed: tuple[Tensor, Tensor] | None = None,
     with_bias: bool = False,
     stream: int = 0,
+    numbers: str = "int8",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Unbiased estimates of ``(g @ weight, g.T @ x)`` from 8-bit operands, and exactly ``g.sum(0)``.
 
@@ -92,46 +101,65 @@ def vjps(
         packed: what :func:`pack` returned of x.
         with_bias: whether the gradient of the bias is wanted.
         stream: an integer that makes several products from one seed independent.
+        numbers: ``"int8"`` or ``"float8"``; the same as of ``packed``.
 
     Returns:
         ``(rows, in)``, ``(out, in)`` and ``(out,)`` in the dtype of g, None for what is not wanted.
     """
     codes, stats = packed or (None, None)
     wanted = weight is not None, x is not None or packed is not None, with_bias
-    results = _vjps(g, x, weight, codes, stats, seed, stream, with_bias)
+    results = _OPERATORS[numbers][0](g, x, weight, codes, stats, seed, stream, with_bias)
     below, at_weight, at_bias = (r if want else None for r, want in zip(results, wanted))
     return below, at_weight, at_bias
 
 
-def pack(x: Tensor, seed: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
-    """The codes of ``x`` ``(rows, in)``, rows > 0, as :func:`vjps` reads them, and their steps.
+def pack(x: Tensor, seed: Tensor, stream: int = 0, numbers: str = "int8") -> tuple[Tensor, Tensor]:
+    """The codes of ``x`` ``(rows, in)``, rows > 0, as :func:`vjps` reads them, and their scales.
 
     Returns:
-        uint8 ``(rows rounded up to 4, in rounded up to 16)`` and ``(ceil(rows / 256), 2, in)``.
+        uint8 ``(rows rounded up to 4, in rounded up to 16)`` and ``(ceil(rows / 256), 2, in)``; one block
+        of all rows where the numbers are floats.
     """
-    return _pack(x, seed, stream)
+    packed: tuple[Tensor, Tensor] = _OPERATORS[numbers][1](x, seed, stream)
+    return packed
 
 
-def unpack(packed: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    """``(rows, in)``: the rounded tensor of which :func:`pack` kept the codes, in the dtype of its steps."""
+def unpack(packed: tuple[Tensor, Tensor], rows: int, numbers: str = "int8") -> Tensor:
+    """``(rows, in)``: the rounded tensor of which :func:`pack` kept the codes, in the dtype of its scales."""
     codes, stats = packed
-    steps = stats[:, 0].repeat_interleave(eager.BLOCK, 0)[:rows]
-    return eager.unpack(codes, rows, stats.shape[2]) * steps
+    own = NUMBERS[numbers]
+    scales = stats[:, 0].repeat_interleave(min(own.block, rows), 0)[:rows]
+    return eager.unpack(codes, rows, stats.shape[2], own) * scales
 
 
-def is_fast(device: torch.device | str = "cpu") -> bool:
+def is_fast(device: torch.device | str = "cpu", numbers: str = "int8") -> bool:
     """Whether 8-bit products are expected to beat those of float32 on this device."""
-    return not why_slow(device)
+    return not why_slow(device, numbers)
 
 
-def why_slow(device: torch.device | str = "cpu") -> str:
+def why_slow(device: torch.device | str = "cpu", numbers: str = "int8") -> str:
     """Why no gain in time is expected of 8-bit products on this device; empty if one is."""
-    if torch.device(device).type != "cpu":
+    return _WHY_SLOW[numbers](torch.device(device))
+
+
+def _why_int8_slow(device: torch.device) -> str:
+    if device.type != "cpu":
         return "8-bit products have fused kernels on the CPU only so far"
     kernels = native.library()
     if kernels is None:
         return native.SOURCE.why_not() or "the compiled kernels failed their self-test"
     return "" if kernels.is_fast else "this processor has no AVX-512 VNNI instructions"
+
+
+def _why_float8_slow(device: torch.device) -> str:
+    if device.type == "cuda" and has_scaled_mm(device):
+        return "8-bit floats have not been measured on a GPU yet"
+    return (
+        "this device has no products of 8-bit floats: they are rounded, then multiplied as float32"
+    )
+
+
+_WHY_SLOW = {"int8": _why_int8_slow, "float8": _why_float8_slow}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,18 +170,29 @@ _FIRST_STREAM = 1000  # beyond the streams of the draws that share a seed
 _STREAMS = 4  # independent roundings of one call
 
 
-def _implementation(g: Tensor) -> tuple[Any, torch.dtype]:
+class _Eager:
+    """Plain PyTorch: any numbers, any device."""
+
+    def __init__(self, numbers: str) -> None:
+        self.vjps = partial(eager.vjps, numbers=NUMBERS[numbers])
+        self.pack = partial(eager.pack, numbers=NUMBERS[numbers])
+
+
+def _implementation(g: Tensor, numbers: str) -> tuple[Any, torch.dtype]:
     """Who computes it, and in which dtype its arguments have to be."""
     wide = torch.promote_types(g.dtype, torch.float32)
-    kernels = native.library() if g.device.type == "cpu" and wide == torch.float32 else None
-    return (kernels, g.dtype if g.dtype == torch.bfloat16 else wide) if kernels else (eager, wide)
+    if numbers == "int8" and g.device.type == "cpu" and wide == torch.float32:
+        kernels = native.library()
+        if kernels is not None:
+            return kernels, g.dtype if g.dtype == torch.bfloat16 else wide
+    return _Eager(numbers), wide
 
 
 def _vjps_impl(
-    g: Tensor, x: Tensor | None, weight: Tensor | None, codes: Tensor | None, stats: Tensor | None,
+    numbers: str, g: Tensor, x: Tensor | None, weight: Tensor | None, codes: Tensor | None, stats: Tensor | None,
     seed: Tensor, stream: int, with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    run, dtype = _implementation(g)
+    run, dtype = _implementation(g, numbers)
     same = [None if t is None else t.to(dtype).contiguous() for t in (g, x, weight)]
     keys = tuple(key_of(seed, _STREAMS * stream + i) for i in range(_STREAMS))
     packed = None if codes is None else (codes, stats)
@@ -183,25 +222,35 @@ def _vjps_fake(
     return below, at_weight, g.new_empty(o if with_bias else 0)
 
 
-def _pack_impl(x: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    run, dtype = _implementation(x)
+def _pack_impl(numbers: str, x: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    run, dtype = _implementation(x, numbers)
     codes, stats = run.pack(x.to(dtype).contiguous(), key_of(seed, stream))
     return codes, stats
 
 
-def _pack_fake(x: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+def _pack_fake(numbers: str, x: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     n, j = x.shape
     codes = x.new_empty((n + 3) // 4 * 4, (j + 15) // 16 * 16, dtype=torch.uint8)
-    blocks = (n + eager.BLOCK - 1) // eager.BLOCK
-    return codes, x.new_empty(blocks, 2, j, dtype=torch.promote_types(x.dtype, torch.float32))
+    return codes, x.new_empty(
+        NUMBERS[numbers].num_blocks(n), 2, j, dtype=torch.promote_types(x.dtype, torch.float32)
+    )
 
 
-_vjps = operator(
-    "int8_vjps(Tensor g, Tensor? x, Tensor? weight, Tensor? codes, Tensor? stats, Tensor seed, int stream,"
-    " bool with_bias) -> (Tensor, Tensor, Tensor)",
-    _vjps_impl,
-    _vjps_fake,
-)
-_pack = operator(
-    "int8_pack(Tensor x, Tensor seed, int stream) -> (Tensor, Tensor)", _pack_impl, _pack_fake
-)
+def _operators(numbers: str) -> tuple[Any, Any]:
+    """The operators that multiply and pack."""
+    return (
+        operator(
+            f"{numbers}_vjps(Tensor g, Tensor? x, Tensor? weight, Tensor? codes, Tensor? stats, Tensor seed,"
+            " int stream, bool with_bias) -> (Tensor, Tensor, Tensor)",
+            partial(_vjps_impl, numbers),
+            _vjps_fake,
+        ),
+        operator(
+            f"{numbers}_pack(Tensor x, Tensor seed, int stream) -> (Tensor, Tensor)",
+            partial(_pack_impl, numbers),
+            partial(_pack_fake, numbers),
+        ),
+    )
+
+
+_OPERATORS = {numbers: _operators(numbers) for numbers in NUMBERS}

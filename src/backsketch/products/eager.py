@@ -8,26 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backsketch.products.numbers import BLOCK, INT8, Numbers, depth_of, up
 from backsketch.rounding import eager as rounding
 
-__all__ = ["BLOCK", "depth_of", "pack", "round_by_columns", "round_by_rows", "vjps"]
+__all__ = ["BLOCK", "depth_of", "pack", "round_by_columns", "round_by_rows", "unpack", "up", "vjps"]
 
 Key = tuple[int, int]
-BLOCK = 256  # rows that share the scale of a column in grad_weight
-_DEPTH = 2048  # terms that grad_input sums in integers
-_RIGHT = 64  # columns of a panel of packed codes
-_LEVELS = 127.0 * 65536  # entries are rounded in units of 2^-16 of a step
-_HALF = 128.0 * 65536
-_TINY = 2.5e-32  # below it _LEVELS / x would overflow
-
-
-def up(n: int, to: int) -> int:
-    return (n + to - 1) // to * to
-
-
-def depth_of(n: int) -> int:
-    """Rows of the packed codes of ``n`` rows."""
-    return up(n, 4)
 
 
 def _dither(rows: range, columns: int, key: Key, device: torch.device) -> Tensor:
@@ -40,87 +26,52 @@ def _dither(rows: range, columns: int, key: Key, device: torch.device) -> Tensor
     return halves.flatten(1)[:, :columns]
 
 
-def _scale(largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Step and rate of groups with these largest magnitudes; NaN and 0 where that is not finite."""
-    bounded = largest.clamp(min=_TINY)
-    live = (largest > 0) & largest.isfinite()
-    step = torch.where(live, bounded / 127.0, torch.where(largest == 0, 0.0, torch.nan))
-    return step, torch.where(live, torch.full_like(bounded, _LEVELS) / bounded, 0.0)
-
-
-def _codes(x: Tensor, rate: Tensor, dither: Tensor) -> Tensor:
-    """Signed codes (int32) of ``x``: ``E[codes] = x * rate / 65536`` to 2^-17."""
-    units = (x * rate + _HALF).nan_to_num_(_HALF + _LEVELS)
-    units = units.clamp_(max=_HALF + _LEVELS).to(torch.int32)
-    return ((units + dither) >> 16) - 128
-
-
 def _largest(x: Tensor, dim: int) -> Tensor:
     largest = x.abs().amax(dim, keepdim=True)
     return torch.where(x.isnan().any(dim, keepdim=True), torch.nan, largest)
 
 
-def round_by_rows(x: Tensor, key: Key) -> tuple[Tensor, Tensor]:
-    """Codes (int32) of ``(rows, columns)`` and a step for each row ``(rows, 1)``: ``E[codes * steps] = x``."""
-    step, rate = _scale(_largest(x, 1))
-    return _codes(x, rate, _dither(range(x.shape[0]), x.shape[1], key, x.device)), step
+def round_by_rows(x: Tensor, key: Key, numbers: Numbers = INT8) -> tuple[Tensor, Tensor]:
+    """Codes of ``(rows, columns)`` and a scale for each row ``(rows, 1)``: ``E[codes * scales] = x``."""
+    scale, rate = numbers.scale(_largest(x, 1))
+    dither = _dither(range(x.shape[0]), x.shape[1], key, x.device)
+    return numbers.round(x, rate, dither), scale
 
 
-def round_by_columns(x: Tensor, key: Key, first_row: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes (int32) of ``(rows, columns)`` and a step for each column ``(columns,)``."""
-    step, rate = _scale(_largest(x, 0))
+def round_by_columns(
+    x: Tensor, key: Key, first_row: int = 0, numbers: Numbers = INT8
+) -> tuple[Tensor, Tensor]:
+    """Codes of ``(rows, columns)`` and a scale for each column ``(columns,)``."""
+    scale, rate = numbers.scale(_largest(x, 0))
     rows = range(first_row, first_row + x.shape[0])
-    return _codes(x, rate, _dither(rows, x.shape[1], key, x.device)), step[0]
+    return numbers.round(x, rate, _dither(rows, x.shape[1], key, x.device)), scale[0]
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The exact product of two matrices of codes, as a float."""
-    return (a.to(torch.float64) @ b.to(torch.float64)).to(dtype)
-
-
-def _blocks(n: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-
-
-def pack(x: Tensor, key: Key) -> tuple[Tensor, Tensor]:
+def pack(x: Tensor, key: Key, numbers: Numbers = INT8) -> tuple[Tensor, Tensor]:
     """Codes of ``(n, j)`` in the order in which the product reads them, and their statistics.
 
     Returns:
-        uint8 ``(depth_of(n), j rounded up to 16)``, and ``(blocks, 2, j)``: step and sum of the codes of each
-        block of 256 rows and each column.
+        uint8 ``(depth_of(n), j rounded up to 16)``, and ``(blocks, 2, j)``: scale and sum of the codes of each
+        block of rows and each column.
     """
     n, j = x.shape
     parts, stats = [], []
-    for block in _blocks(n):
-        codes, step = round_by_columns(x[block], key, block.start)
-        stats.append(torch.stack([step, codes.sum(0).to(step.dtype)]))
-        padded = torch.nn.functional.pad(codes, (0, -j % 16, 0, -codes.shape[0] % 4))
-        parts += [_interleaved(padded[:, c : c + _RIGHT]) for c in range(0, j, _RIGHT)]
-    return torch.cat(parts).to(torch.uint8).view(depth_of(n), up(j, 16)), torch.stack(stats)
+    for block in numbers.blocks(n):
+        codes, scale = round_by_columns(x[block], key, block.start, numbers)
+        stats.append(torch.stack([scale, codes.sum(0).to(scale.dtype)]))
+        parts.append(numbers.to_bytes(codes))
+    return torch.cat(parts).view(depth_of(n), up(j, 16)), torch.stack(stats)
 
 
-def _interleaved(panel: Tensor) -> Tensor:
-    """Four rows next to each other for each column, flat."""
-    return panel.view(-1, 4, panel.shape[1]).transpose(1, 2).flatten() & 0xFF
-
-
-def unpack(codes: Tensor, n: int, j: int) -> Tensor:
-    """``(n, j)`` signed codes (int32) from what :func:`pack` returned."""
+def unpack(codes: Tensor, n: int, j: int, numbers: Numbers = INT8) -> Tensor:
+    """``(n, j)`` codes from what :func:`pack` returned."""
     flat, wide = codes.flatten(), codes.shape[1]
-    blocks = []
-    for block in _blocks(n):
-        depth = depth_of(block.stop - block.start)
-        part = flat[block.start * wide : (block.start + depth) * wide]
-        panels = [
-            part[c * depth : (c + width) * depth]
-            .view(-1, width, 4)
-            .transpose(1, 2)
-            .reshape(-1, width)
-            for c in range(0, j, _RIGHT)
-            for width in [min(_RIGHT, wide - c)]
-        ]
-        blocks.append(torch.cat(panels, 1)[: block.stop - block.start, :j])
-    return torch.cat(blocks).view(torch.int8).to(torch.int32)
+    parts = []
+    for block in numbers.blocks(n):
+        rows = block.stop - block.start
+        part = flat[block.start * wide : (block.start + depth_of(rows)) * wide]
+        parts.append(numbers.from_bytes(part, rows, j))
+    return torch.cat(parts)
 
 
 def vjps(
@@ -130,54 +81,61 @@ def vjps(
     packed: tuple[Tensor, Tensor] | None,
     keys: tuple[Key, Key, Key, Key],
     with_bias: bool,
+    numbers: Numbers = INT8,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(grad_input, grad_weight, grad_bias)``; see :func:`backsketch.products.vjps`.
 
     The keys are those of g by row, of the weight, of x, and of g by column.
     """
-    by_row = round_by_rows(g, keys[0]) if weight is not None or x is not None else None
+    by_row = round_by_rows(g, keys[0], numbers) if weight is not None or x is not None else None
     grad_input = grad_weight = None
     if weight is not None:
         assert by_row is not None
-        grad_input = _input_vjp(*by_row, weight, keys[1])
+        grad_input = _input_vjp(*by_row, weight, keys[1], numbers)
     if x is not None:
         assert by_row is not None
-        grad_weight = _weight_vjp(*by_row, x, keys[2])
+        grad_weight = _weight_vjp(*by_row, x, keys[2], numbers)
     elif packed is not None:
-        grad_weight = _packed_weight_vjp(g, *packed, keys[3])
+        grad_weight = _packed_weight_vjp(g, *packed, keys[3], numbers)
     return grad_input, grad_weight, g.sum(0) if with_bias else None
 
 
-def _input_vjp(codes: Tensor, step: Tensor, weight: Tensor, key: Key) -> Tensor:
-    of_weight, column = round_by_columns(weight, key)
+def _input_vjp(codes: Tensor, scale: Tensor, weight: Tensor, key: Key, numbers: Numbers) -> Tensor:
+    of_weight, column = round_by_columns(weight, key, numbers=numbers)
     total: Tensor | None = None
-    for start in range(0, weight.shape[0], _DEPTH):
-        part = slice(start, start + _DEPTH)
-        term = _product(codes[:, part], of_weight[part], weight.dtype) * column * step
-        total = term if total is None else total + term
+    for start in range(0, weight.shape[0], numbers.depth):
+        part = slice(start, start + numbers.depth)
+        product = numbers.product(codes[:, part], of_weight[part], weight.dtype)
+        total = _add(total, product * column * scale)
     assert total is not None
     return total
 
 
-def _weight_vjp(codes: Tensor, step: Tensor, x: Tensor, key: Key) -> Tensor:
-    """The rows of x take the steps of the rows of g with them, relative to the largest of their block."""
+def _weight_vjp(codes: Tensor, scale: Tensor, x: Tensor, key: Key, numbers: Numbers) -> Tensor:
+    """The rows of x take the scales of the rows of g with them, relative to the largest of their block."""
     total: Tensor | None = None
-    for block in _blocks(x.shape[0]):
-        largest = _largest(step[block], 0)
-        factor = torch.where(largest == 0, 0.0, step[block] / largest)
-        of_x, column = round_by_columns(x[block] * factor, key, block.start)
-        term = _product(codes[block].T, of_x, x.dtype) * (column * largest[0])
-        total = term if total is None else total + term
+    for block in numbers.blocks(x.shape[0]):
+        largest = _largest(scale[block], 0)
+        factor = torch.where(largest == 0, 0.0, scale[block] / largest)
+        of_x, column = round_by_columns(x[block] * factor, key, block.start, numbers)
+        product = numbers.product(codes[block].T, of_x, x.dtype)
+        total = _add(total, product * (column * largest[0]))
     assert total is not None
     return total
 
 
-def _packed_weight_vjp(g: Tensor, codes: Tensor, stats: Tensor, key: Key) -> Tensor:
-    of_x = unpack(codes, g.shape[0], stats.shape[2])
+def _packed_weight_vjp(
+    g: Tensor, codes: Tensor, stats: Tensor, key: Key, numbers: Numbers
+) -> Tensor:
+    of_x = unpack(codes, g.shape[0], stats.shape[2], numbers)
     total: Tensor | None = None
-    for number, block in enumerate(_blocks(g.shape[0])):
-        of_g, step = round_by_columns(g[block], key, block.start)
-        term = _product(of_g.T, of_x[block], g.dtype) * stats[number, 0] * step[:, None]
-        total = term if total is None else total + term
+    for number, block in enumerate(numbers.blocks(g.shape[0])):
+        of_g, scale = round_by_columns(g[block], key, block.start, numbers)
+        product = numbers.product(of_g.T, of_x[block], g.dtype)
+        total = _add(total, product * stats[number, 0] * scale[:, None])
     assert total is not None
     return total
+
+
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
