@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from backsketch.products import eager, native
+from backsketch.products import eager, gpu, native
 from backsketch.products.numbers import NUMBERS, has_scaled_mm
 from backsketch.sampling import key_of, operator
 
@@ -144,7 +144,7 @@ def why_slow(device: torch.device | str = "cpu", numbers: str = "int8") -> str:
 
 def _why_int8_slow(device: torch.device) -> str:
     if device.type != "cpu":
-        return "8-bit products have fused kernels on the CPU only so far"
+        return gpu.why_not(device, "int8") or "8-bit products have not been measured on a GPU yet"
     kernels = native.library()
     if kernels is None:
         return native.SOURCE.why_not() or "the compiled kernels failed their self-test"
@@ -153,7 +153,8 @@ def _why_int8_slow(device: torch.device) -> str:
 
 def _why_float8_slow(device: torch.device) -> str:
     if device.type == "cuda" and has_scaled_mm(device):
-        return "8-bit floats have not been measured on a GPU yet"
+        missing = gpu.why_not(device, "float8")
+        return missing or "8-bit floats have not been measured on a GPU yet"
     return (
         "this device has no products of 8-bit floats: they are rounded, then multiplied as float32"
     )
@@ -181,6 +182,13 @@ class _Eager:
 def _implementation(g: Tensor, numbers: str) -> tuple[Any, torch.dtype]:
     """Who computes it, and in which dtype its arguments have to be."""
     wide = torch.promote_types(g.dtype, torch.float32)
+    own = (
+        gpu.kernels(g.device, numbers)
+        if g.device.type == "cuda" and wide == torch.float32
+        else None
+    )
+    if own is not None:
+        return own, g.dtype if g.dtype in (torch.bfloat16, torch.float16) else wide
     if numbers == "int8" and g.device.type == "cpu" and wide == torch.float32:
         kernels = native.library()
         if kernels is not None:

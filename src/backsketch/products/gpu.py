@@ -1,8 +1,10 @@
 """8-bit products on a GPU: operands rounded by Triton kernels, multiplied by PyTorch's library products.
 
 The codes are those of ``eager.py`` bit for bit; products of integers are the same too, those of floats up to the
-order in which the library sums. An operand is read twice (once for its largest magnitudes) and written once, in the
-layout that the product wants: contractions along the rows of both operands, dimensions in multiples of 16.
+order in which the library sums. An operand is read twice (once for its largest magnitudes) and written once, in
+the layout that the product wants: contractions along the rows of both operands, dimensions in multiples of 16.
+
+No GPU was at hand when this was written: it is tested in Triton's interpreter, and nothing is known of its speed.
 """
 
 from __future__ import annotations
@@ -101,14 +103,13 @@ class Kernels:
         of_x = self._round(x, rate, key, wants=(False, True), factor=factor)[1]
         return self._sum(turned, of_x, (width, x.shape[1]), column * largest[:, None], None)
 
-    def _packed_weight_vjp(
-        self, g: Tensor, codes: Tensor, stats: Tensor, key: eager.Key
-    ) -> Tensor:
+    def _packed_weight_vjp(self, g: Tensor, codes: Tensor, stats: Tensor, key: eager.Key) -> Tensor:
         n, j = g.shape[0], stats.shape[2]
         scale, rate = self.numbers.scale(self._largest(g, None))
         turned = self._round(g, rate, key, wants=(False, True))[1]
         values = eager.unpack(codes, n, j, self.numbers)
-        of_x = values.new_zeros(up(j, 16), up(n, 16))
+        assert turned is not None
+        of_x = values.new_zeros(_padded(j), turned.shape[1])
         of_x[:j, :n] = values.T
         return self._sum(turned, self._bytes(of_x), (g.shape[1], j), stats[:, 0], scale)
 
@@ -151,7 +152,7 @@ class Kernels:
     ) -> Codes:
         """Codes by rows ``(n, k)`` and by columns ``(k, n)``, as bytes, filled up with zeros."""
         n, k = x.shape
-        deep, wide = max(up(n, 16), _LEAST), max(up(k, 16), _LEAST)
+        deep, wide = _padded(n), _padded(k)
         codes = x.new_empty(deep, wide, dtype=torch.uint8) if wants[0] else None
         turned = x.new_empty(wide, deep, dtype=torch.uint8) if wants[1] else None
         block = BLOCK if in_blocks and self.numbers.block == BLOCK else 0
@@ -195,6 +196,10 @@ class Kernels:
     def _bytes(self, values: Tensor) -> Tensor:
         kind = torch.float8_e4m3fn if self.numbers is FLOAT8 else torch.int8
         return values.to(kind).view(torch.uint8)
+
+
+def _padded(n: int) -> int:
+    return max(up(n, 16), _LEAST)
 
 
 @lru_cache

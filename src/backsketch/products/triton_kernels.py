@@ -13,7 +13,10 @@ __all__ = ["largest_of_columns", "rescale", "round_to_codes"]
 
 
 @triton.jit
-def largest_of_columns(x_at, factor_at, out_at, n, k, HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def largest_of_columns(
+    x_at, factor_at, out_at, n, k,
+    HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Largest magnitudes ``(blocks of ROWS rows, k)`` of ``x * factor``, by their bits: a NaN is the largest."""
     block = tl.program_id(0)
     row = (block * ROWS + tl.arange(0, ROWS))[:, None]
@@ -65,9 +68,10 @@ def round_to_codes(
     BY_ROW: tl.constexpr, BLOCK: tl.constexpr, FLOATS: tl.constexpr, HAS_FACTOR: tl.constexpr,
     HAS_CODES: tl.constexpr, HAS_TURNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Codes of ``x * factor`` ``(n, k)``, by rows ``(deep, wide)`` or by columns ``(wide, deep)``, filled with zeros.
+    """Codes of ``x * factor`` ``(n, k)``, by rows ``(deep, wide)`` or by columns ``(wide, deep)``.
 
-    The rate belongs to a row, or to a column of a block of BLOCK rows (of all rows where BLOCK is 0).
+    They are filled up with zeros. The rate belongs to a row, or to a column of a block of BLOCK rows (of all
+    rows where BLOCK is 0).
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
