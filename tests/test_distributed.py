@@ -15,6 +15,7 @@ import backsketch as bs
 from backsketch import regions
 
 DRAWS = 300
+EIGHT_BIT = {"0": bs.Int8(), "2": bs.Float8()}
 
 
 def model() -> nn.Module:
@@ -54,6 +55,22 @@ def controlled(rank: int) -> dict[str, object]:
     control.load_state_dict(state)
     assert control.state_dict() == state
     return state
+
+
+def in_eight_bits(rank: int) -> dict[str, torch.Tensor]:
+    """Gradients of 8-bit products, with replicas and with sharded parameters."""
+    replica, shards = model(), model()
+    wrapped = nn.parallel.DistributedDataParallel(replica)
+    for part in (shards[0], shards[2], shards):
+        fully_shard(part)
+    found = {}
+    for name, called, owner in (("replicas", wrapped, replica), ("shards", shards, shards)):
+        bs.sketch_(called, EIGHT_BIT)
+        draws = [gradients(called, owner, batch(rank)) for _ in range(DRAWS)]
+        found[name] = torch.stack(draws)
+        with bs.exact(called):
+            found[f"{name}, exact"] = gradients(called, owner, batch(rank))
+    return found
 
 
 def sharded(rank: int) -> dict[str, object]:
@@ -104,6 +121,7 @@ def work(rank: int, folder: str) -> None:
         bs.restore_(wrapped)
         result["controlled"] = controlled(rank)
         result["sharded"] = sharded(rank)
+        result["8 bits"] = in_eight_bits(rank)
         torch.save(result, os.path.join(folder, f"{rank}.pt"))
     finally:
         torch.distributed.destroy_process_group()
@@ -173,6 +191,19 @@ def test_sketches_are_unbiased_where_parameters_are_sharded(ranks):
         found[0]["exact"].square().sum()
     )
     check_mean(found[0]["draws"], found[0]["exact"])
+
+
+@pytest.mark.parametrize("how", ["replicas", "shards"])
+def test_8_bit_products_are_unbiased_in_two_processes(ranks, how):
+    mine, other = (rank["8 bits"] for rank in ranks)
+    draws, exact = mine[how], mine[f"{how}, exact"]
+    torch.testing.assert_close(exact, ranks[0]["exact"])
+    assert torch.equal(draws, other[how])
+    relative = draws.double().var(0).sum() / exact.double().square().sum()
+    assert 1e-6 < float(relative) < 0.01
+    check_mean(draws, exact)
+    with pytest.raises(AssertionError, match="is biased"):
+        check_mean(draws * 1.01, exact)
 
 
 def test_the_exact_gradient_agrees_with_one_process_on_the_whole_batch(ranks):

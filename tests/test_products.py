@@ -108,7 +108,9 @@ def check(collected: list[Moments]) -> None:
         _check_directions(name, m, 5.5)
 
 
-@pytest.mark.fast_cases("fresh-int8", "saved-int8", "six decades-fresh", "equal-fresh", "outlier-saved")
+@pytest.mark.fast_cases(
+    "fresh-int8", "saved-int8", "six decades-fresh", "equal-fresh", "outlier-saved"
+)
 @pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("save", [False, True], ids=["fresh", "saved"])
 @pytest.mark.parametrize("name", HARD)
