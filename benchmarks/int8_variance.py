@@ -2,9 +2,9 @@
 
     python benchmarks/int8_variance.py --data <cifar10> --out results/int8
 
-The gradient of a batch is taken exactly and with each sketch. ω is the mean of ``‖ĝ − g‖²`` over batches and draws,
-divided by the variance of the exact gradient between batches: at initialization, and again after some steps of
-AdamW with ``Int8`` on the same data.
+The gradient of a batch is taken exactly and with each sketch. ω is the mean of ``‖ĝ − g‖²`` over batches and
+draws, divided by the variance of the exact gradient between batches: at initialization, and again after some steps
+of AdamW with ``Int8`` on the same data.
 """
 
 from __future__ import annotations

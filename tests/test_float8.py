@@ -113,26 +113,30 @@ def test_kept_codes_are_bytes_and_read_back_as_what_they_were():
     assert torch.equal((back / stats[0, 0]).to(torch.float8_e4m3fn).float() * stats[0, 0], back)
 
 
-def test_scaled_mm_computes_the_same_product():
+def test_the_library_computes_the_same_product():
     """The path of a GPU, by PyTorch's implementation for the CPU."""
     g, x = torch.randn(37, 21), torch.randn(21, 50)
     a, _ = eager.round_by_rows(g, KEY, FLOAT8)
     b, _ = eager.round_by_columns(x, KEY, numbers=FLOAT8)
     torch.testing.assert_close(
-        numbers.scaled_mm(a, b), FLOAT8.product(a, b, torch.float32), rtol=1e-5, atol=1e-2
+        numbers.padded_product(a, b), FLOAT8.product(a, b, torch.float32), rtol=1e-5, atol=1e-2
     )
 
 
 def test_a_device_that_multiplies_wrongly_is_not_used(monkeypatch):
     assert numbers.multiplies_floats("cpu")
-    right = numbers.scaled_mm
-    monkeypatch.setattr(numbers, "scaled_mm", lambda a, b: right(a, b) + 64)
+    right = numbers.padded_product
+    monkeypatch.setattr(numbers, "padded_product", lambda a, b: right(a, b) + 64)
     assert not numbers.multiplies_floats("cpu")
+    monkeypatch.setattr(numbers, "padded_product", right)
+    with monkeypatch.context() as patch:
+        patch.delattr(torch, "_scaled_mm")
+        assert not numbers.multiplies_floats("cpu")
 
     def refuses(a: Tensor, b: Tensor) -> Tensor:
         raise RuntimeError("not built for this device")
 
-    monkeypatch.setattr(numbers, "scaled_mm", refuses)
+    monkeypatch.setattr(numbers, "padded_product", refuses)
     assert not numbers.multiplies_floats("cpu")
 
 
@@ -195,7 +199,7 @@ def test_the_report_says_that_the_device_has_no_such_products():
 
 
 def test_on_a_gpu_that_has_them_the_report_says_that_nothing_was_measured(monkeypatch):
-    monkeypatch.setattr(products, "has_scaled_mm", lambda device: True)
+    monkeypatch.setattr(products, "has_float8_product", lambda device: True)
     monkeypatch.setattr(gpu, "why_not", lambda *_: "")
     assert products.why_slow("cuda", "float8") == "8-bit floats have not been measured on a GPU yet"
 

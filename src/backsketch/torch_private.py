@@ -31,8 +31,10 @@ __all__ = [
     "compiler_error",
     "decompositions",
     "default_partition",
+    "float8_matmul",
     "forward_facts",
     "hooks_are_guarded",
+    "int8_matmul",
     "is_functorch_wrapped",
     "layout_of",
     "load_compiler",
@@ -60,6 +62,30 @@ def is_functorch_wrapped(x: Tensor) -> bool:
     """
     test = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
     return True if test is None else bool(test(x))
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor | None:
+    """The int32 product of two matrices of int8; None where PyTorch has none.
+
+    There is no public product of integers on a GPU. Without the private one, codes are multiplied as floats.
+    """
+    product = getattr(torch, "_int_mm", None)
+    return None if product is None else product(a, b)
+
+
+def float8_matmul(a: Tensor, b: Tensor) -> Tensor | None:
+    """The float32 product of two matrices of 8-bit floats; None where PyTorch has none.
+
+    The first has its rows, the second its columns in contiguous memory, and dimensions are multiples of 16. There
+    is no public product. Without the private one, codes are multiplied as floats.
+    """
+    product = getattr(torch, "_scaled_mm", None)
+    if product is None:
+        return None
+    one = torch.ones((), device=a.device)
+    # Fast accumulation drops bits of the sum, by a rule and not by chance: a bias.
+    result: Tensor = product(a, b, one, one, out_dtype=torch.float32, use_fast_accum=False)
+    return result
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

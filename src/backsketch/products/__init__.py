@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from backsketch.products import eager, gpu, native
-from backsketch.products.numbers import NUMBERS, has_scaled_mm
+from backsketch.products.numbers import NUMBERS, has_float8_product
 from backsketch.sampling import key_of, operator
 
 __all__ = ["Products", "Source", "is_fast", "pack", "unpack", "vjps", "why_slow"]
@@ -152,7 +152,7 @@ def _why_int8_slow(device: torch.device) -> str:
 
 
 def _why_float8_slow(device: torch.device) -> str:
-    if device.type == "cuda" and has_scaled_mm(device):
+    if has_float8_product(device):
         missing = gpu.why_not(device, "float8")
         return missing or "8-bit floats have not been measured on a GPU yet"
     return (

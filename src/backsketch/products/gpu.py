@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from backsketch.products import eager
-from backsketch.products.numbers import BLOCK, FLOAT8, NUMBERS, Numbers, has_scaled_mm, up
+from backsketch.products.numbers import BLOCK, FLOAT8, NUMBERS, Numbers, has_float8_product, up
+from backsketch.torch_private import float8_matmul, int8_matmul
 
 __all__ = ["Kernels", "agrees", "kernels", "why_not"]
 
@@ -166,16 +167,14 @@ class Kernels:
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b.T`` for codes ``(m, n)`` and ``(k, n)``: int32, or float32 for floats."""
         if self.numbers is not FLOAT8:
-            return torch._int_mm(a.view(torch.int8), b.view(torch.int8).T)
-        if a.device.type == "cuda" and not has_scaled_mm(a.device):
-            left, right = self._values(a), self._values(b)
-            return FLOAT8.product(left, right.T, torch.float32)
-        one = torch.ones((), device=a.device)
-        result: Tensor = torch._scaled_mm(
-            a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn).T, one, one,
-            out_dtype=torch.float32, use_fast_accum=False,
-        )  # fmt: skip
-        return result
+            product = int8_matmul(a.view(torch.int8), b.view(torch.int8).T)
+        elif a.device.type == "cpu" or has_float8_product(a.device):
+            product = float8_matmul(a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn).T)
+        else:
+            product = None
+        if product is None:
+            product = self.numbers.product(self._values(a), self._values(b).T, torch.float32)
+        return product
 
     def _rescale(
         self, product: Tensor, column: Tensor, row: Tensor | None, out: Tensor, adds: bool

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backsketch.torch_private import float8_matmul
+
 __all__ = ["BLOCK", "FLOAT8", "INT8", "NUMBERS", "Floats", "Integers", "Numbers", "depth_of", "up"]
 
 BLOCK = 256  # rows that share the scale of a column of integers in grad_weight
@@ -172,8 +174,9 @@ class Floats(Numbers):
         return torch.copysign(rounded, levels)
 
     def product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        if a.device.type == "cuda" and has_scaled_mm(a.device):
-            return scaled_mm(a, b).to(dtype)
+        own = padded_product(a, b) if has_float8_product(a.device) else None
+        if own is not None:
+            return own.to(dtype)
         with torch.autocast(a.device.type, enabled=False):
             return a.to(dtype) @ b.to(dtype)
 
@@ -193,29 +196,21 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def scaled_mm(a: Tensor, b: Tensor) -> Tensor:
-    """The product of two matrices of e4m3 numbers, summed in float32, by ``torch._scaled_mm``.
-
-    It wants a by rows, b by columns, and dimensions that are multiples of 16.
-    """
+def padded_product(a: Tensor, b: Tensor) -> Tensor | None:
+    """The product of two matrices of e4m3 numbers by the library's product, in the layout that it wants."""
     rows, columns = a.shape[0], b.shape[1]
     left = F.pad(a, (0, -a.shape[1] % 16, 0, -rows % 16)).to(torch.float8_e4m3fn)
     right = F.pad(b.T, (0, -b.shape[0] % 16, 0, -columns % 16)).to(torch.float8_e4m3fn)
-    one = torch.ones((), device=a.device)
-    # Fast accumulation drops bits of the sum, by a rule and not by chance: a bias.
-    result: Tensor = torch._scaled_mm(
-        left.contiguous(), right.contiguous().T, one, one,
-        out_dtype=torch.float32, use_fast_accum=False,
-    )  # fmt: skip
-    return result[:rows, :columns]
+    product = float8_matmul(left.contiguous(), right.contiguous().T)
+    return None if product is None else product[:rows, :columns]
 
 
 @lru_cache
-def has_scaled_mm(device: torch.device) -> bool:
+def has_float8_product(device: torch.device) -> bool:
     """Whether this GPU multiplies 8-bit floats (compute capability 8.9), and rightly so."""
-    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
+    if device.type != "cuda" or torch.version.hip:
         return False
-    return multiplies_floats(device)
+    return torch.cuda.get_device_capability(device) >= (8, 9) and multiplies_floats(device)
 
 
 def multiplies_floats(device: torch.device | str) -> bool:
@@ -223,8 +218,10 @@ def multiplies_floats(device: torch.device | str) -> bool:
     numbers = torch.tensor([448.0, -448.0, 15.0, 1.0, -0.5, 2.0**-6, 2.0**-9, 0.0], device=device)
     a, b = numbers.expand(33, 8).contiguous(), numbers.roll(3).expand(19, 8).T.contiguous()
     try:
-        ours = scaled_mm(a, b)
+        ours = padded_product(a, b)
     except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    if ours is None:
         return False
     exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     return bool(((ours - exact).abs() <= 2.0**-10 * size).all())
