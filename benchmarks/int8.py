@@ -2,8 +2,10 @@
 
     python benchmarks/int8.py layers --threads 1 --out results/int8
     python benchmarks/int8.py models --threads 2 --out results/int8
+    python benchmarks/int8.py regions --threads 1 --out results/int8
 
-A layer's step is forward and backward; a model's step is forward, backward and AdamW.
+``regions`` are the same models, each as one region. A layer's step is forward and backward; a model's step is
+forward, backward and AdamW.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import nn
 
 import backsketch as bs
 from backsketch.models import build, mlp
+from backsketch.regions import state_of
 
 SHAPES = [
     (4096, 384, 1536),
@@ -37,6 +40,14 @@ MODEL_ARMS = [
     "quantized:bits=4",
     "int8:sketch=(quantized:bits=4)",
     "rows:keep=0.5",
+]
+REGION_ARMS = [
+    "int8",
+    "region:keep=1.0,arithmetic=int8",
+    "region:keep=0.5",
+    "region:keep=0.5,arithmetic=int8",
+    "region:keep=0.25",
+    "region:keep=0.25,arithmetic=int8",
 ]
 
 
@@ -101,18 +112,28 @@ MODELS = {
 }
 
 
-def models(repeats: int, clock, only: str) -> list[dict]:
+def sketched(model: nn.Module, text: str) -> bool:
+    """Sketch a model; whether that is possible (a region that drops rows needs them to be independent)."""
+    try:
+        bs.sketch_(model, bs.parse(text))
+    except ValueError as reason:
+        print(f"{text}: {str(reason).splitlines()[-1].strip()}")
+        return False
+    return True
+
+
+def models(repeats: int, clock, only: str, texts: list[str]) -> list[dict]:
     rows = []
     for what, (make, shape) in MODELS.items():
         if only not in what:
             continue
         images, labels = torch.randn(shape), torch.randint(10, (shape[0],))
         arms, more = {}, {}
-        for name in ["exact", *MODEL_ARMS]:
+        for name in ["exact", *texts]:
             torch.manual_seed(0)
             model = make()
-            if name != "exact":
-                bs.sketch_(model, bs.parse(name))
+            if name != "exact" and not sketched(model, name):
+                continue
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
             def step(model=model, optimizer=optimizer, images=images, labels=labels):
@@ -120,15 +141,18 @@ def models(repeats: int, clock, only: str) -> list[dict]:
                 nn.functional.cross_entropy(model(images), labels).backward()
                 optimizer.step()
 
+            step()  # a region captures
             arms[name] = step
             more[name] = {"saved_mib": round(bs.saved_bytes(model, images).total / 2**20, 1)}
+            note = state_of(model).note if name.startswith("region") else ""
+            more[name] |= {"note": note} if note else {}
         rows += rows_of(what, interleaved(arms, repeats, clock), more)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["layers", "models"])
+    parser.add_argument("part", choices=["layers", "models", "regions"])
     parser.add_argument("--only", default="", help="models whose name holds this")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -140,7 +164,8 @@ def main() -> None:
     if arguments.part == "layers":
         rows = layers(arguments.repeats, clock)
     else:
-        rows = models(arguments.repeats, clock, arguments.only)
+        texts = MODEL_ARMS if arguments.part == "models" else REGION_ARMS
+        rows = models(arguments.repeats, clock, arguments.only, texts)
     path = arguments.out / f"{arguments.part}_{arguments.threads}threads.json"
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []
     measured = {row["what"] for row in rows}

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from backsketch import regions
-from backsketch.estimators import Estimator
+from backsketch.estimators import Estimator, Int8
 from backsketch.nn.registry import Adapter, adapter_of, inherent, is_small, refusal
 from backsketch.nn.swap import is_swapped, swap_, unswap_
+from backsketch.products import why_slow
 from backsketch.regions import Mask, Region
 from backsketch.report import Report, Site
 from backsketch.rules import Patterns, Tree, matches, no_match, normalise, show, unwrap
@@ -205,7 +206,7 @@ def _resolve_modules(
         if not tree.is_topmost(name, patterns, index):
             continue
         site = Site(name, type(module).__name__, None)
-        if sketch.keep == 1:
+        if sketch.is_exact():
             site.reason = f"left exact by {sketch}"
             outcomes[index].append(None)
         else:
@@ -231,8 +232,18 @@ def _fill_module(site: Site, module: nn.Module, sketch: Region | Mask) -> None:
     inside = [p for m in module.modules() if not isinstance(m, _TABLES) for p in _matrices(m)]
     site.products = _products(inside)
     site.frozen = bool(inside) and not any(p.requires_grad for p in inside)
+    if sketch.arithmetic == "int8":
+        of_input, of_weight = Int8().work()
+        site.work = (sketch.keep * of_input, sketch.keep * of_weight)
+        site.reason = _why_slow(module)
     if sketch.mode == "recompute":
         site.saved = None  # its inputs only: what part of it all that is depends on the module
+
+
+def _why_slow(module: nn.Module) -> str:
+    devices = {p.device for p in module.parameters()}
+    slow = next(filter(None, map(why_slow, devices)), "")
+    return f"expect no gain in time: {slow}" if slow else ""
 
 
 def _resolve_layers(

@@ -49,8 +49,9 @@ class Site:
             return self.reason
         if self.state.status == "exact":
             return f"runs exactly: {self.state.reason}"
-        pending = "guards run with the first batch"
-        return pending if self.state.status == "pending" else "rows proven independent"
+        pending = self.state.status == "pending"
+        found = "guards run with the first batch" if pending else self.state.note
+        return "; ".join(filter(None, [found, self.reason]))
 
     @property
     def acts(self) -> bool:

@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from backsketch.regions.arithmetic import in_8_bits
 from backsketch.regions.compilers import Compiler, copied
 from backsketch.regions.compilers import Runner as GraphRunner
 from backsketch.regions.context import Call, current
 from backsketch.regions.pair import Pair, Wiring
 from backsketch.regions.partition import partition
 from backsketch.regions.program import KeptBackward, Program, RowsApart
+from backsketch.regions.spec import Region
 from backsketch.regions.structure import Coupled, RowSymbols
 from backsketch.torch_private import (
     ForwardFacts,
@@ -38,8 +40,9 @@ class Capture:
     an input, so that they have to be copied; ``programs`` counts the graphs.
     """
 
-    def __init__(self, mode: str, row_dims: int, compiler: Compiler) -> None:
-        self.mode, self.row_dims, self.compiler = mode, row_dims, compiler
+    def __init__(self, spec: Region, compiler: Compiler) -> None:
+        self.mode, self.row_dims, self.compiler = spec.mode, spec.row_dims, compiler
+        self.all_rows, self.int8 = spec.keep == 1, spec.arithmetic == "int8"
         self.programs = 0
         self.copies = False
 
@@ -47,8 +50,10 @@ class Capture:
         self.programs += 1
         call = current()
         assert call is not None, "a region's graph is captured in the region's own call"
-        graphs = _Graphs(self.mode, self.compiler)
+        graphs = _Graphs(self.mode, self.compiler, rounded=self.int8 and self.all_rows)
         compiled = graphs.capture(gm, inputs)
+        if self.all_rows:
+            return _reporting(compiled, graphs)
         if graphs.run_forward is None:  # nothing requires a gradient
             return compiled
         try:
@@ -72,14 +77,22 @@ class Capture:
         wiring.check(num_inputs)
         backward, inputs = graphs.backward_graph()
         kept = KeptBackward.from_graph(apart, backward, inputs, self.compiler)
-        return Pair(wiring, graphs.run_forward, Program(graphs.run_backward, kept))
+        program = Program(graphs.run_backward, kept)
+        if self.int8:
+            rounded, share = in_8_bits(backward)
+            program.every = self.compiler.backward(rounded, inputs)
+            program.rounded = KeptBackward.from_graph(apart, rounded, inputs, self.compiler)
+            program.note += f"; {share}"
+        return Pair(wiring, graphs.run_forward, program)
 
 
 class _Graphs:
     """What AOTAutograd hands over while it captures one graph: it calls the methods in their order."""
 
-    def __init__(self, mode: str, compiler: Compiler) -> None:
-        self.compiler = compiler
+    def __init__(self, mode: str, compiler: Compiler, rounded: bool = False) -> None:
+        self.compiler, self.rounded = compiler, rounded
+        self.refusal: str | None = None
+        self.note = ""
         self._partition = partition(mode, compiler.inner_partition(mode))
         self.fw: fx.GraphModule | None = None
         self.bw: fx.GraphModule | None = None
@@ -113,8 +126,21 @@ class _Graphs:
 
     def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> GraphRunner:
         self._backward = graph, inputs
+        if self.rounded:
+            graph = self._in_8_bits(graph)
         self._exact = self.compiler.backward(graph, inputs)
         return self._exact
+
+    def _in_8_bits(self, graph: fx.GraphModule) -> fx.GraphModule:
+        """The graph with products in 8 bits, or as it is, with the reason kept."""
+        try:
+            rounded, share = in_8_bits(graph)
+        except Coupled as reason:
+            self.refusal = str(reason)
+            return graph
+        self.note = str(share)
+        self.refusal = None if share.rounded else self.note
+        return rounded
 
     def backward_graph(self) -> tuple[fx.GraphModule, Sequence[Any]]:
         """The backward graph and its example inputs, also where AOTAutograd puts off compiling it."""
@@ -137,6 +163,20 @@ def _exactly(run: Callable[..., Any], reason: str) -> Callable[..., Any]:
         running = current()
         if running is not None:
             running.region.settle("exact", reason)
+        return run(*args)
+
+    return call
+
+
+def _reporting(run: Callable[..., Any], graphs: _Graphs) -> Callable[..., Any]:
+    """AOTAutograd's own runtime around a backward graph on all rows, in 8 bits unless that was refused."""
+
+    def call(*args: Any) -> Any:
+        running = current()
+        if running is not None:
+            running.region.settle(
+                "exact" if graphs.refusal else "active", graphs.refusal, graphs.note
+            )
         return run(*args)
 
     return call

@@ -13,14 +13,14 @@ __all__ = ["refusal"]
 def refusal(module: nn.Module, sketch: Region | Mask) -> str | None:
     """Why ``module`` cannot be a region or masked, or None where running it has to tell.
 
-    A mask acts on an output, whatever made it.
+    A mask acts on an output, whatever made it; a region that keeps all rows needs none to be independent.
     """
     if "forward" in module.__dict__:
         return (
             "its forward was replaced on the instance, which would bypass the sketch; accelerate does that under "
             "mixed precision: sketch the model before accelerator.prepare"
         )
-    if isinstance(sketch, Mask):
+    if isinstance(sketch, Mask) or sketch.keep == 1:
         return None
     for name, child in module.named_modules():
         reason = _couples_rows(child)

@@ -21,7 +21,7 @@ class RegionModule(Swapped):
     """A module whose backward pass runs on the kept rows, while it trains."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if inside() or self._backsketch.keep >= 1 or not self._active():
+        if inside() or self._backsketch.is_exact() or not self._active():
             return super().forward(*args, **kwargs)
         # Late, because it brings in SymPy: a second that `import backsketch` need not take.
         from backsketch.regions.call import call, call_from_compiled

@@ -31,8 +31,14 @@ _PIECE_NAMES = "select slice unbind split split_with_sizes chunk"
 _VIEWS, _PIECES = frozenset(_VIEW_NAMES.split()), frozenset(_PIECE_NAMES.split())
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """The name of a node's operator, without its overload; empty where it has none."""
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+
+
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a node."""
+    return node.args
 
 
 def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -81,7 +87,7 @@ class _Repeat:
 def _replayed_dropout(repeat: _Repeat, node: fx.Node) -> fx.Node | None:
     """The output of a dropout, from its input and its saved mask, bit for bit."""
     source = node.args[0] if node.target is operator.getitem else None
-    if not isinstance(source, fx.Node) or _name(source) != "native_dropout" or node.args[1] != 0:
+    if not isinstance(source, fx.Node) or name_of(source) != "native_dropout" or node.args[1] != 0:
         return None
     x, p = source.args[:2]
     masks = [u for u in source.users if u.args[1] == 1]
@@ -127,7 +133,7 @@ def _as_eager_dropout(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=backward):
         cotangent, mask, _ = node.args
         dropout = mask.args[0] if mask.target is operator.getitem else None
-        if not isinstance(dropout, fx.Node) or _name(dropout) != "native_dropout":
+        if not isinstance(dropout, fx.Node) or name_of(dropout) != "native_dropout":
             continue
         with graph.inserting_before(node):
             new = _dropped(graph, node, cotangent, mask, dropout.args[1])
@@ -153,10 +159,10 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node):
         return False
     if node.target is operator.getitem:
-        return _name(source) in _PIECES and _is_large_piece(node, source.args[0])
-    if _name(node) in _PIECES:
+        return name_of(source) in _PIECES and _is_large_piece(node, source.args[0])
+    if name_of(node) in _PIECES:
         return isinstance(node.meta["val"], (tuple, list)) or _is_large_piece(node, source)
-    return _name(node) in _VIEWS
+    return name_of(node) in _VIEWS
 
 
 def _is_large_piece(piece: fx.Node, whole: Any) -> bool:
@@ -174,7 +180,7 @@ def _is_deterministic(node: fx.Node) -> bool:
 def _mark_dropout_masks(graph: fx.Graph) -> None:
     """Give every random dropout a node for its mask, read or not, so that it can be saved."""
     for node in list(graph.nodes):
-        if _name(node) == "native_dropout" and not any(u.args[1] == 1 for u in node.users):
+        if name_of(node) == "native_dropout" and not any(u.args[1] == 1 for u in node.users):
             with graph.inserting_after(node):
                 mask = graph.call_function(operator.getitem, (node, 1))
             mask.meta = {**node.meta, "val": node.meta["val"][1]}

@@ -101,11 +101,16 @@ class Program:
     """A captured backward graph on all rows, and on the kept ones.
 
     ``verified`` turns true once the sum over two parts of the first batch has reproduced the exact
-    gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows.
+    gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows. Where products
+    are computed in 8 bits, ``every`` does it on all rows and ``rounded`` on kept ones; ``note`` tells
+    their share.
     """
 
     exact: Runner
     kept: KeptBackward
+    every: Runner | None = None
+    rounded: KeptBackward | None = None
+    note: str = "rows proven independent"
     verified: bool = False
     refusal: str | None = None
 
@@ -122,13 +127,13 @@ class Program:
         scores = row_ops.scores(cotangents, row_dims)
         if not self.verified:
             return self._first(region, args, lead, scores)
-        region.settle("active")
+        region.settle("active", note=self.note)
         if region.scores is not None:
             region.scores.append(scores)
         sample = sampling.draw_live(scores, region.spec.keep, _num_live(region, scores))
         if sample is None:
-            return self.exact(args)
-        return self.kept(args, lead, sample.indices, sample.weights)
+            return (self.every or self.exact)(args)
+        return (self.rounded or self.kept)(args, lead, sample.indices, sample.weights)
 
     def _first(
         self, region: Runtime, args: list[Any], lead: tuple[int, ...], scores: Tensor
@@ -142,7 +147,7 @@ class Program:
         )
         if verdict:
             self.verified = True
-            region.settle("active")
+            region.settle("active", note=self.note)
         elif verdict is False:
             self.refusal = "parts of the first batch do not add up to its gradient"
             region.settle("exact", self.refusal)

@@ -80,11 +80,12 @@ _LOCK = threading.Lock()
 
 def runner_for(module: Any, forward: Any, spec: Region, compiler: str) -> Runner:
     """The runner of this kind of region: made on first use, and again when the last one is outdated."""
-    key = (type(module), spec.mode, spec.row_dims, compiler)
+    all_rows = spec.keep == 1
+    key = (type(module), spec.mode, spec.row_dims, spec.arithmetic, all_rows, compiler)
     with _LOCK:
         before = _RUNNERS.get(key)
         if before is None or before.outdated:
-            capture = Capture(spec.mode, spec.row_dims, COMPILERS[compiler])
+            capture = Capture(spec, COMPILERS[compiler])
             copies = before is not None and before.capture.copies
             _RUNNERS[key] = Runner(forward, capture, copies)
         return _RUNNERS[key]

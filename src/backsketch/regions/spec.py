@@ -31,6 +31,10 @@ class Region(Sketch):
         keep: fraction of the rows with a non-zero cotangent that is kept, in (0, 1]; 1 is exact.
         row_dims: how many leading dimensions count rows: 1 for samples, 2 for tokens (only for modules
             that treat positions independently).
+        arithmetic: ``"int8"`` computes the matrix products of the backward pass from stochastically rounded
+            8-bit operands, on the kept rows (:class:`backsketch.Int8` tells the mathematics). With ``keep=1`` no
+            row is dropped and none has to be independent: any module that can be captured is allowed,
+            ``BatchNorm`` in training mode included. A recomputed forward pass stays exact.
         mode: ``"save"`` keeps the activations of the exact forward pass and slices them, at cost
             ``1 + 2 keep`` (a forward pass is 1); ``"recompute"`` keeps the inputs only and recomputes
             the kept rows, dropout masks included, at cost ``1 + 3 keep``.
@@ -40,17 +44,23 @@ class Region(Sketch):
 
     Example:
         >>> Region(keep=0.5, mode="recompute")
-        Region(keep=0.5, row_dims=1, mode='recompute')
+        Region(keep=0.5, row_dims=1, mode='recompute', arithmetic='exact')
     """
 
     keep: float
     row_dims: int = 1
     mode: Literal["save", "recompute"] = "save"
+    arithmetic: Literal["exact", "int8"] = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)
         check_choice(self, "mode", self.mode, ("save", "recompute"))
+        check_choice(self, "arithmetic", self.arithmetic, ("exact", "int8"))
+
+    def is_exact(self) -> bool:
+        """Whether nothing is randomized."""
+        return self.keep == 1 and self.arithmetic == "exact"
 
 
 @register("mask")
@@ -81,3 +91,7 @@ class Mask(Sketch):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)
+
+    def is_exact(self) -> bool:
+        """Whether nothing is randomized."""
+        return self.keep == 1

@@ -37,12 +37,14 @@ class RegionState:
     """How a region is doing; to be read, its region alone writes it.
 
     ``status`` is ``"pending"`` until the first backward pass has been checked, then ``"active"``, or
-    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias.
+    ``"exact"`` with a ``reason`` where the region cannot be sketched without bias. ``note`` tells what was found
+    about an active one.
     """
 
     name: str = ""
     status: Status = "pending"
     reason: str | None = None
+    note: str = ""
 
 
 @dataclass(eq=False)
@@ -66,9 +68,9 @@ class Runtime:
     scores: deque[Tensor] | None = None
     told: set[str] = field(default_factory=set)
 
-    def settle(self, status: Status, reason: str | None = None) -> None:
+    def settle(self, status: Status, reason: str | None = None, note: str = "") -> None:
         """Write down the outcome of a guard; a new reason for exact execution is warned of, once."""
-        self.state.status, self.state.reason = status, reason
+        self.state.status, self.state.reason, self.state.note = status, reason, note
         if status == "exact" and reason and reason not in self.told:
             self.told.add(reason)
             name = self.state.name or "the model"
