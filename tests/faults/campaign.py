@@ -1,0 +1,214 @@
+"""Kill trainings and sweeps at random moments, continue them, and compare with what an undisturbed run leaves.
+
+    python tests/faults/campaign.py --cases 100 --out results/faults/faults.json
+
+A case is a job, one to three mishaps at random moments, each followed by what a user would type then, and a last
+run to the end. It is clean if every run ends as it should (exit code, a sentence instead of a traceback, no partial
+file) and the end is that of the undisturbed run, bit for bit, clocks apart. The exit code is 1 if one is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked processes inherit no threads
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+torch.set_num_threads(1)
+
+from deaths import DEATHS, Moment  # noqa: E402
+from jobs import JOBS, Job, differences  # noqa: E402
+from processes import Process  # noqa: E402
+
+LIMIT = 300  # seconds after which a run hangs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job and what happens to it, in order.
+
+    Attributes:
+        number: of the case; it seeds all its draws.
+        job: a name in `JOBS`.
+        mishaps: names in `DEATHS`, with their moments.
+    """
+
+    number: int
+    job: str
+    mishaps: tuple[tuple[str, Moment], ...]
+
+    @classmethod
+    def draw(cls, number: int, seed: int) -> Case:
+        """Jobs in turn, and their deaths in turn, so that few cases have some of each."""
+        rng = random.Random(f"{seed} {number}")
+        turn, place = divmod(number, len(JOBS))
+        name = list(JOBS)[place]
+        deaths = JOBS[name].deaths
+        mishaps = [(deaths[(turn + place) % len(deaths)], Moment.draw(rng))]
+        while rng.random() < 0.4 and len(mishaps) < 3:
+            mishaps.append((rng.choice(deaths), Moment.draw(rng)))
+        return cls(number, name, tuple(mishaps))
+
+
+class Campaign:
+    """Runs cases in folders below one, and an undisturbed run of each job once."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root, self.seed = root, seed
+        self._whole: dict[str, tuple[Any, float]] = {}
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """What happened, as plain values; `fault` is empty where all was well."""
+        began = time.monotonic()
+        folder = self.root / str(case.number)
+        folder.mkdir()
+        codes: list[list[int | None]] = []
+        fault = self._fault(case, folder, codes)
+        shutil.rmtree(folder)
+        return {
+            "case": case.number,
+            "job": case.job,
+            "mishaps": [f"{what} at {moment}" for what, moment in case.mishaps],
+            "codes": codes,
+            "seconds": round(time.monotonic() - began, 1),
+            "fault": fault,
+        }
+
+    def _fault(self, case: Case, folder: Path, codes: list[list[int | None]]) -> str:
+        job, rng = JOBS[case.job], random.Random(f"{self.seed} {case.number} deaths")
+        whole, seconds = self._undisturbed(case.job)
+        for what, moment in case.mishaps:
+            processes = _start(job, folder)
+            moment.wait(processes[0], folder, seconds)
+            DEATHS[what].act(processes, rng)
+            hanging = _finish(processes)
+            codes.append([process.code for process in processes])
+            if hanging:
+                return f"{what}: still running after {LIMIT} s: {processes[0].said[-2000:]}"
+            if reason := DEATHS[what].fault(processes):
+                return f"{what}: {reason}"
+            left = [str(p) for p in folder.rglob("*.partial")]
+            if left and "killed" not in what:
+                return f"{what}: left {left}"
+        processes = _start(job, folder)
+        if _finish(processes) or any(process.code for process in processes):
+            return f"continued: {[(p.code, p.said[-2000:]) for p in processes]}"
+        found = list(differences(whole, job.outcome(folder)))
+        return f"{len(found)} differences, such as {found[:5]}" if found else ""
+
+    def _undisturbed(self, name: str) -> tuple[Any, float]:
+        """What a job leaves if nothing happens to it, and its seconds."""
+        if name not in self._whole:
+            folder = self.root / f"undisturbed-{len(self._whole)}"
+            folder.mkdir()
+            processes = _start(JOBS[name], folder)
+            if _finish(processes) or any(process.code for process in processes):
+                raise RuntimeError(f"{name} fails by itself: {processes[0].said}")
+            self._whole[name] = JOBS[name].outcome(folder), processes[0].seconds
+        return self._whole[name]
+
+
+def _start(job: Job, folder: Path) -> list[Process]:
+    """All ranks of a job, continuing if there is something to continue from."""
+    resume = job.has_something(folder)
+    ranks = [{}] if job.ranks == 1 else _ranks(job.ranks)
+    return [Process(lambda: job.start(resume), folder, rank) for rank in ranks]
+
+
+def _ranks(count: int) -> list[Mapping[str, str]]:
+    """What torchrun sets for each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+
+
+def _finish(processes: Sequence[Process]) -> bool:
+    """Wait for the end; whether one of them had to be killed for it."""
+    end = time.monotonic() + LIMIT
+    for process in processes:
+        process.wait(end - time.monotonic())
+    hanging = any(process.poll() is None for process in processes)
+    for process in processes:
+        process.end()
+    return hanging
+
+
+def _warm_up() -> None:
+    """Import what runs need, once."""
+    import accelerate.utils  # noqa: F401
+    import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torch._dynamo
+    import torch._functorch.aot_autograd
+    import torch.utils.flop_counter  # noqa: F401
+
+    import backsketch.experiments.problems
+    import backsketch.experiments.sweep
+    import backsketch.train.run  # noqa: F401
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases")
+    parser.add_argument("--job", help="of the cases, those of this job")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _warm_up()
+    began, records = time.monotonic(), []
+    numbers = range(arguments.cases) if arguments.only is None else arguments.only
+    cases = [Case.draw(number, arguments.seed) for number in numbers]
+    with tempfile.TemporaryDirectory() as root:
+        campaign = Campaign(Path(root), arguments.seed)
+        for case in cases:
+            if arguments.job in (None, case.job):
+                records.append(record := campaign.run(case))
+                print("FAULT" if record["fault"] else "clean", json.dumps(record), flush=True)
+    clean = sum(not record["fault"] for record in records)
+    seconds = time.monotonic() - began
+    print(f"{clean} of {len(records)} cases clean, {seconds:.0f} s")
+    if arguments.out:
+        _write(arguments.out, records, clean, seconds)
+    return int(clean < len(records))
+
+
+def _write(path: Path, records: Sequence[Mapping[str, Any]], clean: int, seconds: float) -> None:
+    head = {
+        "command": f"python {' '.join(sys.argv)}",
+        "clean": clean,
+        "cases": len(records),
+        "seconds": round(seconds),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mishaps": dict(Counter(m.split(" at ")[0] for r in records for m in r["mishaps"])),
+    }
+    lines = ",\n".join(json.dumps(record) for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{json.dumps(head, indent=1)[:-2]},\n \"records\": [\n{lines}\n]}}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
