@@ -31,6 +31,7 @@ from backsketch.train.result import curve, result_of, write_json
 from backsketch.train.setup import SCHEDULES, make_accelerator, make_optimizer, make_schedule
 from backsketch.train.show import TrainProgress, automatic
 from helpers import quiet
+from steering import steered
 
 CPU = torch.device("cpu")
 SMALL = {"model_options": {"widths": [16]}, "batch_size": 64, "device": "cpu"}
@@ -471,43 +472,19 @@ class TestTrain:
         assert json.loads((tmp_path / "r.json").read_text()) == {"a": [1.0, None]}
 
 
-def only_saves(monkeypatch, family):
-    """One family saves half of a step, whatever this machine says, and the others cost as much."""
-    measured = bs.profile
-
-    def profile(*arguments, **options):
-        found = measured(*arguments, **options)
-        sites = tuple(
-            replace(
-                site,
-                backward_seconds=None,
-                options=tuple(
-                    replace(
-                        o,
-                        fixed_seconds=found.step_seconds * (-0.5 if o.family == family else 0.5),
-                        live_seconds=0.0,
-                        error_seconds=0.0,
-                    )
-                    for o in site.options
-                ),
-            )
-            for site in found.sites
-        )
-        return replace(found, sites=sites, forward_seconds=0.0)
-
-    monkeypatch.setattr(bs, "profile", profile)
-
-
 class TestAuto:
     def job(self, data, **options):
         """32 steps, of which the first is exact."""
         widths = {"widths": [64, 64]}
         return config(data, sketch="auto", model_options=widths, epochs=8, **options)
 
-    def test_sketches_are_found_and_controlled(self, tmp_path, monkeypatch):
-        only_saves(monkeypatch, "save")
+    def fitted(self, path, family, **steering) -> Trainer:
         data = toy()
-        trainer = fit(trainer_of(self.job(data), data, tmp_path / "c.pt"))
+        with steered(family, **steering) as clock:
+            return fit(trainer_of(self.job(data), data, path, now=clock))
+
+    def test_sketches_are_found_and_controlled(self, tmp_path):
+        trainer, data = self.fitted(tmp_path / "c.pt", "save"), toy()
         exact = fit(trainer_of(self.job(data), data, tmp_path / "e.pt", exact=True))
         assert trainer.history.losses[0] == exact.history.losses[0]
         found = result_of(trainer, 0.0)["auto"]
@@ -518,19 +495,20 @@ class TestAuto:
         assert found["advice"] in automatic({"auto": found})
         assert json.dumps(found)
 
+    @pytest.mark.parametrize("in_8_bits", [False, True], ids=["exact first", "8 bits first"])
     @pytest.mark.parametrize("family", ["save", "quantized"])
-    @pytest.mark.parametrize("stop_at", [1, 13], ids=["before the profile", "after it"])
-    def test_a_stopped_run_ends_with_the_same_weights(self, tmp_path, monkeypatch, family, stop_at):
-        only_saves(monkeypatch, family)
+    @pytest.mark.parametrize("stop_at", [1, 2, 3, 13, 24])
+    def test_a_stopped_run_ends_with_the_same_weights(self, tmp_path, family, stop_at, in_8_bits):
         data = toy()
-        whole = fit(trainer_of(self.job(data), data, tmp_path / "whole.pt"))
-        stop = StopRequest()
-        stopped = trainer_of(self.job(data), data, tmp_path / "stopped.pt")
-        with pytest.raises(Interrupted):
-            stopped.fit(StopAfter(stop_at, stop), stop)
-        resumed = trainer_of(self.job(data), data, tmp_path / "stopped.pt")
-        resumed.load()
-        fit(resumed)
+        with steered(family, in_8_bits=in_8_bits) as clock:
+            whole = fit(trainer_of(self.job(data), data, tmp_path / "whole.pt", now=clock))
+            stop = StopRequest()
+            stopped = trainer_of(self.job(data), data, tmp_path / "stopped.pt", now=clock)
+            with pytest.raises(Interrupted):
+                stopped.fit(StopAfter(stop_at, stop), stop)
+            resumed = trainer_of(self.job(data), data, tmp_path / "stopped.pt", now=clock)
+            resumed.load()
+            fit(resumed)
         assert resumed.auto.rules == whole.auto.rules != {}
         assert resumed.auto.result().get("log") == whole.auto.result().get("log")
         assert resumed.history.losses == whole.history.losses
@@ -538,10 +516,8 @@ class TestAuto:
         for name, tensor in resumed.core.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
 
-    def test_a_finished_run_that_is_resumed_tells_the_same(self, tmp_path, monkeypatch):
-        only_saves(monkeypatch, "save")
-        data = toy()
-        whole = fit(trainer_of(self.job(data), data, tmp_path / "c.pt"))
+    def test_a_finished_run_that_is_resumed_tells_the_same(self, tmp_path):
+        whole, data = self.fitted(tmp_path / "c.pt", "save"), toy()
         again = trainer_of(self.job(data), data, tmp_path / "c.pt")
         again.load()
         fit(again)
@@ -551,8 +527,8 @@ class TestAuto:
     def under_a_region(self, path, keep: float, **options):
         data = toy()
         trainer = trainer_of(self.job(data, **options), data, path)
-        trainer.auto.rules = {"": f"region:keep={keep}"}
-        trainer.auto._apply(trainer, None)
+        trainer.auto._apply(trainer, {"": f"region:keep={keep}"}, "for a test")
+        trainer.auto._control_keeps(trainer, None)
         trainer.measure_cost()
         return trainer
 
@@ -565,7 +541,9 @@ class TestAuto:
         trainer = self.under_a_region(tmp_path / "c.pt", 0.25)
         at_the_end = trainer.cost["backward_flops_ratio"]
         trainer.epoch = 3  # 12 steps
-        trainer.auto.steps_at.update({(1.0,): 5, (0.25,): 4})  # and three before the profile
+        trainer.auto.steps_at.update(
+            {(0, (1.0,)): 5, (0, (0.25,)): 4}
+        )  # and three before the profile
         mean = trainer.auto.mean_arithmetic(trainer)
         assert mean == pytest.approx((8 + 4 * at_the_end) / 12)
         assert trainer.auto.controller.keeps == {"": 0.25}

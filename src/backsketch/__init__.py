@@ -46,6 +46,7 @@ from backsketch.planning import Controller as Controller
 from backsketch.planning import Ledger as Ledger
 from backsketch.planning import Plan as Plan
 from backsketch.planning import Profile as Profile
+from backsketch.planning import SpeedGuard as SpeedGuard
 from backsketch.planning import profile as profile
 from backsketch.planning import variance as variance
 from backsketch.regions import Mask as Mask

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import loader_loop
 import torch
-from steering import steered
 from torch import Tensor
 
 from backsketch import cli
+from steering import steered
 
 __all__ = ["JOBS", "Job", "differences"]
 
 CLOCKS = {
     *("wall_seconds", "train_seconds", "step_seconds", "step_seconds_median"),
-    *("seconds", "profile_seconds", "versions", "machine"),
+    *("seconds", "versions", "machine"),
 }
 """Names of what is measured by a clock, and may differ between equal runs."""
 
@@ -53,11 +54,16 @@ def _command(*arguments: str) -> None:
 COMMON = ("--batch-size=64", "--epochs=4", "--evaluations=2", "--threads=1", "--device=cpu")
 
 
-def _training(*options: str, compare: bool = False, family: str = "", ranks: int = 1) -> Job:
-    """``backsketch train`` on the digits; `family` is what a profile finds cheap, for the sketch auto."""
+def _training(
+    *options: str,
+    compare: bool = False,
+    ranks: int = 1,
+    steering: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Job:
+    """``backsketch train`` on the digits; `steering` decides what the sketch auto finds."""
 
     def start(resume: bool) -> None:
-        with steered(family):
+        with steering():
             _command("train", *COMMON, *options, "--out=out", *["--resume"] * resume)
 
     names = ("exact.pt", "checkpoint.pt") if compare else ("checkpoint.pt",)
@@ -119,6 +125,7 @@ def _own_loop() -> Job:
 
 
 VIT = ("--model=vit", "--dim=16", "--depth=1", "--patch=4", "--heads=2")
+AUTO = ("--widths=64,64", "--sketch=auto")
 REGIONS = '{"blocks.*.mlp": "region:keep=0.5,row_dims=2", "": "mask:keep=0.75"}'
 JOBS: Mapping[str, Job] = {
     "mlp, rows": _training("--widths=32,32", "--sketch=rows:keep=0.5"),
@@ -128,10 +135,13 @@ JOBS: Mapping[str, Job] = {
         *("--model=bagnet", "--receptive-field=5", "--width=4", "--optimizer=sgd"),
         *("--sketch=columns:keep=0.5", "--grad-accumulation=2"),
     ),
-    "auto, a region": _training("--widths=64,64", "--sketch=auto", family="save"),
-    "auto, rounding": _training("--widths=64,64", "--sketch=auto", family="quantized"),
+    "auto, a region": _training(*AUTO, steering=lambda: steered("save")),
+    "auto, 8 bits and rounding": _training(
+        *AUTO, steering=lambda: steered("quantized", in_8_bits=True)
+    ),
+    "auto, back to exact": _training(*AUTO, steering=lambda: steered("save", sketched=2.0)),
     "two ranks, rows": _training("--widths=32,32", "--sketch=rows:keep=0.5", ranks=2),
-    "two ranks, auto": _training("--widths=64,64", "--sketch=auto", family="save", ranks=2),
+    "two ranks, auto": _training(*AUTO, steering=lambda: steered("save"), ranks=2),
     "own loop with a loader": _own_loop(),
     "sweep": _sweep(0),
     "sweep in two processes": _sweep(2),

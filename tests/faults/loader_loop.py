@@ -1,4 +1,4 @@
-"""A training loop as a user would write it: a loader with a worker, a controller, a checkpoint after every epoch."""
+"""A training loop as a user would write it: a loader with a worker, a controller, a checkpoint an epoch."""
 
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ class Process:
         reading, writing = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.began = time.monotonic()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none may come before the child is itself
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, SIGNALS
+        )  # none may come before the child is itself
         self.pid = os.fork()
         if self.pid == 0:
             _become(work, folder, environment, writing)
@@ -44,11 +45,10 @@ class Process:
         self._ready = selectors.DefaultSelector()
         self._ready.register(reading, selectors.EVENT_READ)
         self.code: int | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Since it was started."""
-        return time.monotonic() - self.began
+        self.seconds = (
+            0.0  # that it has lived, without those in which this process stood still itself
+        )
+        self._polled = time.monotonic()
 
     @property
     def said(self) -> str:
@@ -60,6 +60,9 @@ class Process:
         if self.code is None:
             self._ready.select(seconds)
             self._drain()
+            now = time.monotonic()
+            self.seconds += min(now - self._polled, 0.1)
+            self._polled = now
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self._end(os.waitstatus_to_exitcode(status))
@@ -67,8 +70,8 @@ class Process:
 
     def wait(self, limit: float) -> int | None:
         """The exit code, or None if it still runs after so many seconds."""
-        end = time.monotonic() + limit
-        while self.poll(0.02) is None and time.monotonic() < end:
+        end = self.seconds + limit
+        while self.poll(0.02) is None and self.seconds < end:
             if not self._ready.get_map():  # it closed its output: do not spin
                 time.sleep(0.02)
         return self.code

@@ -7,6 +7,8 @@ from backsketch.planning.facade import profile as profile
 from backsketch.planning.ledger.account import variance as variance
 from backsketch.planning.ledger.records import Ledger as Ledger
 from backsketch.planning.ledger.records import SiteError as SiteError
+from backsketch.planning.pace import Budget as Budget
+from backsketch.planning.pace import SpeedGuard as SpeedGuard
 from backsketch.planning.plan.candidates import auto_plan as auto_plan
 from backsketch.planning.plan.estimate import CostEstimate as CostEstimate
 from backsketch.planning.plan.plan import Plan as Plan

@@ -362,11 +362,13 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
         if self.auto is not None:
-            self.auto.after()
+            self.auto.after(self)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
+        if self.auto is not None:
+            self.auto.ended(self)
         return total
 
     def _should_stop(self, stop: StopRequest) -> bool:

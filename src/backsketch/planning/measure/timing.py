@@ -11,21 +11,22 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Timing", "compared", "timed"]
+__all__ = ["Timing", "compared", "synchronize", "timed"]
 
 T = TypeVar("T")
 
 
 def timed(work: Callable[[], T], clock: Callable[[], float] = time.perf_counter) -> tuple[float, T]:
     """Seconds of a call, the device's work included, and what it returned."""
-    _synchronize()
+    synchronize()
     start = clock()
     result = work()
-    _synchronize()
+    synchronize()
     return clock() - start, result
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the device's work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

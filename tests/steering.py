@@ -1,0 +1,86 @@
+"""``--sketch auto`` under a profile and a clock that say what a test wants, with the same numbers in every run."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor, nn
+
+import backsketch as bs
+from backsketch.nn.swap import is_swapped
+from backsketch.train import auto, images, run
+
+__all__ = ["Clock", "steered"]
+
+
+class Clock:
+    """A step takes a second, or ``sketched`` seconds where something is sketched in it."""
+
+    def __init__(self, sketched: float) -> None:
+        self.sketched, self.now = sketched, 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_of(self, model: nn.Module) -> None:
+        """A forward pass of training begins."""
+        sites = [m for m in model.modules() if is_swapped(m)]
+        exact = all(m.__dict__.get("_backsketch_exact") for m in sites)
+        self.now += 1.0 if exact else self.sketched
+
+
+@contextmanager
+def steered(
+    family: str, *, sketched: float = 0.5, in_8_bits: bool = False, share: float = math.inf
+) -> Iterator[Clock]:
+    """Inside, ``--sketch auto`` finds what it is to find; yields the clock for trainers that a test makes itself.
+
+    Args:
+        family: of sketches that saves half of a step, where the others cost as much.
+        sketched: seconds of a sketched step by the clock; an exact one takes 1.
+        in_8_bits: whether 8-bit products are tried first.
+        share: of the time of the run that may go into a profile.
+    """
+    clock, measured, loss = Clock(sketched), bs.profile, images.ImageData.loss
+
+    def profile(*arguments: Any, **options: Any) -> bs.Profile:
+        now = clock.now
+        found = measured(*arguments, **options)
+        clock.now = (
+            now + 40
+        )  # of the passes in it, some are made for as long as they are not precise enough
+        sites = tuple(
+            replace(
+                site, backward_seconds=None, options=tuple(_priced(o, family) for o in site.options)
+            )
+            for site in found.sites
+        )
+        return replace(found, sites=sites, step_seconds=1.0, forward_seconds=0.0)
+
+    def timed_loss(self: images.ImageData, model: nn.Module, batch: Any) -> Tensor:
+        clock.pass_of(model)
+        return loss(self, model, batch)
+
+    trainer = functools.partial(run.Trainer, now=clock)
+    none = lambda model: ({}, "no 8-bit products here")  # noqa: E731
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (bs, "profile", profile),
+            (images.ImageData, "loss", timed_loss),
+            (run, "Trainer", trainer),
+            (auto, "SHARE", share),
+            *([] if in_8_bits else [(auto, "_in_8_bits", none)]),
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        yield clock
+
+
+def _priced(option: Any, family: str) -> Any:
+    fixed = -0.5 if option.family == family else 0.5
+    return replace(option, fixed_seconds=fixed, live_seconds=0.0, error_seconds=0.0)
