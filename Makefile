@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait for work by spinning slow each other down where cores are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all docs lint types check clean
+.PHONY: demo test test-all faults docs lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(STAMP)  ## everything that the README promises
 
 test-all: $(STAMP)  ## with the slow statistical tests
 	$(BIN)/python -m pytest -n 2
+
+faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
+	$(BIN)/python tests/faults/campaign.py --cases 100 --out results/faults/faults.json
 
 docs: $(STAMP)  ## the site, in site/; warnings are errors
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

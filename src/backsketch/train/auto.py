@@ -24,7 +24,7 @@ __all__ = ["AUTO", "Auto", "Run"]
 
 AUTO = "auto"
 SHARE = 0.03  # of the time of an exact run, for profile, looks and replays
-PROFILE_STEPS = 150  # what a profile costs, about, in exact steps: 130 measured for a ViT of d 96
+PROFILE_COST = 100, 2.0  # exact steps, and seconds: 13.6 s for a ViT whose steps take 0.107 s
 PROFILE_BATCHES = 2  # the controller measures the noise again, and goes on measuring it
 SHARED_EVERY = 20  # steps between agreements of several processes on what was spent
 INTERVAL = 300  # steps between its replays; a number, so that a resumed run is the same run
@@ -199,10 +199,10 @@ class Auto:
             self._profile = None
 
     def _seek(self, run: Run, exact_seconds: float) -> None:
-        """Find something better by a profile, if there is time for one. All processes take the times of the first."""
+        """Find something better by a profile, if there is time for one, by the times of the first process."""
         (seconds,) = broadcast_object_list([exact_seconds])
         self.budget = Budget(seconds * self.total_steps, SHARE)
-        cost = PROFILE_STEPS * seconds
+        cost = PROFILE_COST[0] * seconds + PROFILE_COST[1]
         if not self.budget.affords(cost):
             self.reason += (
                 f"; a profile would take about {cost:.2g} s, over {SHARE:.0%} of the "
