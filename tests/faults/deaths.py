@@ -30,7 +30,7 @@ class Moment:
     def draw(cls, rng: random.Random) -> Moment:
         """Two in three are times: few moments are those of a write, which are the dangerous ones."""
         if rng.random() < 1 / 3:
-            return cls(write=rng.randint(1, 6))
+            return cls(write=rng.randint(1, 5))
         return cls(share=rng.random())
 
     def wait(self, process: Process, folder: Path, seconds: float) -> None:
@@ -38,25 +38,26 @@ class Moment:
         if not self.write:
             process.wait(self.share * seconds - process.seconds)
             return
-        seen: set[int] = set()
+        count, writing = 0, False
         while process.poll(0.0005) is None:
-            seen |= _unfinished(folder)
-            if len(seen) >= self.write:
+            before, writing = writing, _is_writing(folder)
+            count += writing and not before
+            if count == self.write:
                 return
 
     def __str__(self) -> str:
         return f"write {self.write}" if self.write else f"{self.share:.0%}"
 
 
-def _unfinished(folder: Path) -> set[int]:
-    """Inodes of the files that are being written."""
-    found = set()
+def _is_writing(folder: Path) -> bool:
+    """Whether there is a file that is not whole yet."""
     for part in (folder, folder / "out", folder / "tiny", folder / "tiny" / "jobs"):
         try:
-            found |= {e.inode() for e in os.scandir(part) if e.name.endswith(".partial")}
+            if any(name.endswith(".partial") for name in os.listdir(part)):
+                return True
         except FileNotFoundError:
             continue
-    return found
+    return False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from backsketch import cli
 from steering import steered
 
-__all__ = ["JOBS", "Job", "differences"]
+__all__ = ["JOBS", "ROUND", "Job", "differences"]
 
 CLOCKS = {
     *("wall_seconds", "train_seconds", "step_seconds", "step_seconds_median"),
@@ -146,6 +146,21 @@ JOBS: Mapping[str, Job] = {
     "sweep": _sweep(0),
     "sweep in two processes": _sweep(2),
 }
+
+ROUND = (
+    *(
+        "mlp, rows",
+        "auto, a region",
+        "sweep",
+        "own loop with a loader",
+        "auto, 8 bits and rounding",
+    ),
+    *("mlp, compared", "two ranks, rows", "bagnet, columns, accumulated", "auto, back to exact"),
+    *("mlp, rows", "auto, a region", "vit, regions in bf16", "own loop with a loader", "sweep"),
+    *("auto, 8 bits and rounding", "two ranks, auto", "mlp, compared", "auto, a region"),
+    *("mlp, rows", "sweep in two processes"),
+)
+"""The jobs of twenty cases, the quick ones more often."""
 
 
 # --- comparison -------------------------------------------------------------------------------------

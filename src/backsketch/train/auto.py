@@ -219,15 +219,15 @@ class Auto:
     def _planned(self, run: Run) -> tuple[Rules, str, bs.Profile | None]:
         bs.restore_(run.core)
         batches = [run.batch_of(run.steps + i) for i in range(PROFILE_BATCHES)]
+        found: tuple[Rules, str, bs.Profile | None]
         try:
             profile = bs.profile(run.core, batches, run.loss, progress=False)
             plan = auto_plan(profile)
             found = dict(plan.texts), plan.reason or str(plan.predicted), profile
         except ValueError as error:  # nothing to sketch, say
             found = {}, str(error), None
-        (shared,) = broadcast_object_list([found])
-        planned: tuple[Rules, str, bs.Profile | None] = shared
-        return planned
+        (found,) = broadcast_object_list([found])
+        return found
 
     def _try(self, run: Run, rules: Rules, reason: str, profile: bs.Profile | None) -> None:
         """Another trial, if the plan is another."""
