@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases")
-    parser.add_argument("--job", help="of the cases, those of this job")
+    parser.add_argument("--processes", type=int, default=1, help="that share the cases, by job")
     parser.add_argument("--mutation", choices=MUTATIONS, help="a fault in the library, to be found")
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
@@ -197,21 +198,47 @@ def main() -> int:
     _warm_up()
     if arguments.mutation:
         MUTATIONS[arguments.mutation]()
-    began, records = time.monotonic(), []
+    began = time.monotonic()
     numbers = range(arguments.cases) if arguments.only is None else arguments.only
     cases = [Case.draw(number, arguments.seed) for number in numbers]
-    with tempfile.TemporaryDirectory() as root:
-        campaign = Campaign(Path(root), arguments.seed)
-        for case in cases:
-            if arguments.job in (None, case.job):
-                records.append(record := campaign.run(case))
-                print("FAULT" if record["fault"] else "clean", json.dumps(record), flush=True)
+    records = _shared(cases, arguments.seed, arguments.processes)
     clean = sum(not record["fault"] for record in records)
     seconds = time.monotonic() - began
-    print(f"{clean} of {len(records)} cases clean, {seconds:.0f} s")
+    print(f"{clean} of {len(cases)} cases clean, {seconds:.0f} s")
     if arguments.out:
         _write(arguments.out, records, clean, seconds)
-    return int(clean < len(records))
+    return int(clean < len(cases))
+
+
+def _shared(cases: Sequence[Case], seed: int, count: int) -> list[dict[str, Any]]:
+    """The records of cases, by number, from processes each of which takes all cases of some jobs."""
+    jobs = [job for job, _ in Counter(case.job for case in cases).most_common()]
+    shares = [[c for c in cases if jobs.index(c.job) % count == i] for i in range(count)]
+    with tempfile.TemporaryDirectory() as root:
+        files = [Path(root) / f"{i}.jsonl" for i in range(count)]
+        if count == 1:
+            _run(shares[0], seed, Path(root), files[0])
+        else:
+            started = []
+            for i, share in enumerate(shares):
+                (folder := Path(root) / str(i)).mkdir()
+                started.append(Process(partial(_run, share, seed, folder, files[i]), folder, {}))
+            for process in started:
+                while process.poll(1.0) is None:
+                    pass
+                print(process.said)
+        lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+    return sorted(map(json.loads, lines), key=lambda record: record["case"])
+
+
+def _run(cases: Sequence[Case], seed: int, folder: Path, out: Path) -> None:
+    """Run cases one after the other; each record is a line of a file."""
+    campaign = Campaign(folder, seed)
+    for case in cases:
+        record = campaign.run(case)
+        print("FAULT" if record["fault"] else "clean", json.dumps(record), flush=True)
+        with open(out, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]], clean: int, seconds: float) -> None:

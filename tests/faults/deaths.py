@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from pathlib import Path
 from processes import Process, children
 
 __all__ = ["DEATHS", "Death", "Moment"]
+
+IGNORED = re.compile(r"Exception ignored in: .*?KeyboardInterrupt: *\n", re.DOTALL)
+"""What Python prints of a Ctrl-C that comes within a finalizer. The run has to stop nevertheless."""
+
+PATIENCE = 5.0
+"""Seconds in which a run that has got a signal may still write its results and succeed."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,10 @@ def _ended(*codes: int, saying: str = "") -> Callable[[Sequence[Process]], str]:
         for process in processes:
             if process.code not in (0, *codes):
                 return f"exit code {process.code}: {process.said[-2000:]}"
-            if "Traceback" in process.said:
+            late = None if process.signalled is None else process.seconds - process.signalled
+            if late is not None and process.code == 0 and late > PATIENCE:
+                return f"went on for {late:.0f} s after the signal: {process.said[-2000:]}"
+            if "Traceback" in IGNORED.sub("", process.said):
                 return f"a traceback: {process.said[-2000:]}"
             if process.code == 2 and saying not in process.said:
                 return f"no {saying!r} in {process.said[-2000:]}"

@@ -133,7 +133,7 @@ JOBS: Mapping[str, Job] = {
     "vit, regions in bf16": _training(*VIT, f"--sketch={REGIONS}", "--precision=bf16"),
     "bagnet, columns, accumulated": _training(
         *("--model=bagnet", "--receptive-field=5", "--width=4", "--optimizer=sgd"),
-        *("--sketch=columns:keep=0.5", "--grad-accumulation=2"),
+        *("--sketch=columns:keep=0.5", "--grad-accumulation=2", "--limit-train=448"),
     ),
     "auto, a region": _training(*AUTO, steering=lambda: steered("save")),
     "auto, 8 bits and rounding": _training(

@@ -48,6 +48,7 @@ class Process:
         self.seconds = (
             0.0  # that it has lived, without those in which this process stood still itself
         )
+        self.signalled: float | None = None  # after so many of them
         self._polled = time.monotonic()
 
     @property
@@ -80,6 +81,7 @@ class Process:
         """Send it a signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, signum)
+            self.signalled = self.seconds
 
     def fill_disk(self, free: int) -> None:
         """From now on no file of it grows beyond so many bytes: the writes fail as on a full disk."""

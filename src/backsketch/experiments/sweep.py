@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -64,10 +64,11 @@ def _run(
     count = config.workers if workers is None else workers
     stream = outcomes(missing, count, config.threads, None if data is None else str(data))
     live = LiveTable(console, config.name, len(jobs), len(jobs) - len(missing))
-    with live, _terminable(), closing(stream):  # processes end with the sweep, however it ends
+    with live, _stoppable() as stop, closing(stream):  # processes end with the sweep
         for job, record in stream:
             store.save(job, record)
             live.ended(job, record)
+            stop()
             if record["status"] == "failed":
                 failed.append(job.label)
     if missing or not store.is_gathered(config):
@@ -78,17 +79,27 @@ def _run(
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that worker processes are not left behind."""
+def _stoppable() -> Iterator[Callable[[], None]]:
+    """SIGTERM as Ctrl-C, so that worker processes are not left behind.
+
+    Yields a function that raises what was lost: Python forgets an exception that comes within a finalizer.
+    """
+    asked = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
         raise KeyboardInterrupt
 
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield check
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -25,10 +25,18 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Context in which the first SIGINT or SIGTERM is noted and the second acts as usual."""
+    """Context in which the first SIGINT or SIGTERM is noted and the second acts as usual.
+
+    Python forgets an exception that comes within a finalizer, so that even a signal that acts at once is noted.
+
+    Attributes:
+        signum: the signal; 0 before there was one.
+        gently: the first signal acts at the end of the step, as is for the training to set; before that at once.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
+        self.gently = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -48,6 +56,8 @@ class StopRequest:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
+        if not self.gently:
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def _restore(self) -> None:
         while self._before:

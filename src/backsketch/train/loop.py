@@ -140,6 +140,7 @@ class Trainer:
         Raises:
             Interrupted: a stop was requested; the checkpoint holds the step that it came in.
         """
+        stop.gently = True
         name = "sketched" if self.sketched else "exact"
         progress.start(name, self.total_steps, len(self.history.losses), self.config.epochs)
         while self.epoch < self.config.epochs:

@@ -61,11 +61,18 @@ def train(
     Example:
         >>> result = train({"epochs": 1, "sketch": "none"}, out=tmp_path)  # doctest: +SKIP
     """
-    began = time.perf_counter()
     console = console or Console()
     options = dict(options or {})
     out = out or default_folder(options)
     check_spec(options.get("sketch", DEFAULT_SKETCH))
+    with StopRequest() as stop:
+        return _train(options, out, resume, console, stop)
+
+
+def _train(
+    options: dict[str, Any], out: Path, resume: bool, console: Console, stop: StopRequest
+) -> dict[str, Any]:
+    began = time.perf_counter()
     if resume:
         options = _saved_options(out, options)
     data = load_data(
@@ -85,7 +92,7 @@ def train(
         accelerator.wait_for_everyone()
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(_threads(config.threads))
-        result = _runs(config, data, accelerator, out, resume, console, began)
+        result = _runs(config, data, accelerator, out, resume, console, stop, began)
         if main:
             write_json(out / RESULT, result)
             plot_result(result, out / PLOT)
@@ -157,6 +164,7 @@ def _runs(
     out: Path,
     resume: bool,
     console: Console,
+    stop: StopRequest,
     began: float,
 ) -> dict[str, Any]:
     """The run, and before it the exact run where the two are compared."""
@@ -165,7 +173,7 @@ def _runs(
         checkpoints.insert(0, out / EXACT_CHECKPOINT)
     loading = time.perf_counter() - began
     results = []
-    with StopRequest() as stop, TrainProgress(console, accelerator.is_main_process) as progress:
+    with TrainProgress(console, accelerator.is_main_process) as progress:
         for checkpoint in checkpoints:
             began = time.perf_counter()
             exact_run = checkpoint.name == EXACT_CHECKPOINT

@@ -1,0 +1,108 @@
+"""A signal that comes at an awkward moment still stops the run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+from backsketch.experiments import SweepConfig, run_sweep, sweep
+from backsketch.train import Interrupted, run, train
+from backsketch.train.errors import StopRequest
+from helpers import quiet
+
+TINY = {
+    "report": "depth",
+    "workers": 0,
+    "parts": [
+        {
+            "problem": "depth",
+            "fixed": {"width": 8, "draws": 2, "batch_size": 8, "residual": False},
+            "grid": {"depth": [1, 2, 3], "arm": ["grad_weight only"]},
+        }
+    ],
+}
+QUICK = {"model_options": {"widths": [8]}, "batch_size": 256, "epochs": 2, "sketch": "none"}
+
+# Python prints an exception that comes within a finalizer, and forgets it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Swallows:
+    """Gets a signal while it is finalized."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.signum)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_stops_after_the_job_in_which_a_finalizer_swallowed_the_signal(
+    tmp_path, monkeypatch, signum
+):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    outcomes = sweep.outcomes
+
+    def interrupted(*arguments):
+        for outcome in outcomes(*arguments):
+            Swallows(signum)
+            yield outcome
+
+    monkeypatch.setattr(sweep, "outcomes", interrupted)
+    before = signal.getsignal(signum)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(SweepConfig.load(path), tmp_path, console=quiet())
+    assert len(list((tmp_path / "tiny" / "jobs").glob("*.json"))) == 1
+    assert signal.getsignal(signum) is before
+    monkeypatch.setattr(sweep, "outcomes", outcomes)
+    assert run_sweep(SweepConfig.load(path), tmp_path, console=quiet()) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_stops_at_its_first_step_if_a_finalizer_swallowed_the_signal(
+    tmp_path, monkeypatch, signum
+):
+    load = run.load_data
+
+    def interrupted(*arguments, **options):
+        Swallows(signum)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(run, "load_data", interrupted)
+    with pytest.raises(Interrupted) as caught:
+        train(QUICK, out=tmp_path / "out", console=quiet())
+    assert caught.value.exit_code == 128 + signum
+    monkeypatch.setattr(run, "load_data", load)
+    assert train(QUICK, out=tmp_path / "out", resume=True, console=quiet())["steps"] == 10
+
+
+def test_before_the_first_step_a_signal_acts_at_once(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run, "load_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(QUICK, out=tmp_path / "out", console=quiet())
+    assert not Path(tmp_path / "out").exists()
+    with StopRequest(), pytest.raises(SystemExit) as caught:
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+
+
+def test_while_results_are_written_the_run_finishes(tmp_path, monkeypatch):
+    write = run.write_json
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        write(*arguments)
+
+    monkeypatch.setattr(run, "write_json", interrupted)
+    assert train(QUICK, out=tmp_path / "out", console=quiet())["steps"] == 10
+    assert (tmp_path / "out" / "plot.png").is_file()
