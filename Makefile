@@ -25,7 +25,7 @@ test-all: $(STAMP)  ## with the slow statistical tests
 	$(BIN)/python -m pytest -n 2
 
 faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
-	$(BIN)/python tests/faults/campaign.py --cases 100 --out results/faults/faults.json
+	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 3 --out results/faults/faults.json
 
 docs: $(STAMP)  ## the site, in site/; warnings are errors
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
