@@ -204,7 +204,7 @@ def main() -> int:
     records = _shared(cases, arguments.seed, arguments.processes)
     clean = sum(not record["fault"] for record in records)
     seconds = time.monotonic() - began
-    print(f"{clean} of {len(cases)} cases clean, {seconds:.0f} s")
+    print(f"{clean} of {len(records)} cases clean, {seconds:.0f} s")
     if arguments.out:
         _write(arguments.out, records, clean, seconds)
     return int(clean < len(cases))
@@ -223,9 +223,14 @@ def _shared(cases: Sequence[Case], seed: int, count: int) -> list[dict[str, Any]
             for i, share in enumerate(shares):
                 (folder := Path(root) / str(i)).mkdir()
                 started.append(Process(partial(_run, share, seed, folder, files[i]), folder, {}))
+            try:
+                for process in started:
+                    while process.poll(1.0) is None:
+                        pass
+            except KeyboardInterrupt:
+                print("stopped; the cases so far:")
             for process in started:
-                while process.poll(1.0) is None:
-                    pass
+                process.end()
                 print(process.said)
         lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
     return sorted(map(json.loads, lines), key=lambda record: record["case"])

@@ -10,7 +10,12 @@ import pytest
 
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
+pytest.importorskip("typer")
+from typer.testing import CliRunner
+
+from backsketch import cli
 from backsketch.experiments import SweepConfig, run_sweep, sweep
+from backsketch.signals import asked, noted
 from backsketch.train import Interrupted, run, train
 from backsketch.train.errors import StopRequest
 from helpers import quiet
@@ -63,6 +68,33 @@ def test_a_sweep_stops_after_the_job_in_which_a_finalizer_swallowed_the_signal(
     assert signal.getsignal(signum) is before
     monkeypatch.setattr(sweep, "outcomes", outcomes)
     assert run_sweep(SweepConfig.load(path), tmp_path, console=quiet()) == []
+
+
+def test_a_command_whose_beginning_swallowed_ctrl_c_stops_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.json").write_text(json.dumps(TINY))
+    load = SweepConfig.load
+
+    def interrupted(path):
+        Swallows(signal.SIGINT)
+        return load(path)
+
+    monkeypatch.setattr(SweepConfig, "load", interrupted)
+    done = CliRunner().invoke(cli.make_app(), ["sweep", "tiny.json", "--out=."])
+    assert done.exit_code == 130
+    assert len(list(Path("tiny/jobs").glob("*.json"))) == 1
+    monkeypatch.setattr(SweepConfig, "load", load)
+    assert CliRunner().invoke(cli.make_app(), ["sweep", "tiny.json", "--out=."]).exit_code == 0
+
+
+def test_a_signal_is_forgotten_with_the_block_that_it_came_in():
+    with pytest.raises(KeyboardInterrupt), noted(signal.SIGINT, signal.SIGTERM):
+        with noted():
+            Swallows(signal.SIGINT)
+            assert asked() == signal.SIGINT
+        assert StopRequest().signum == signal.SIGINT
+        signal.raise_signal(signal.SIGTERM)
+    assert asked() == StopRequest().signum == 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

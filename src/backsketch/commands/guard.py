@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from backsketch.files import UserError
+from backsketch.signals import noted
 
 __all__ = ["told", "writer"]
 
@@ -31,7 +32,8 @@ def told(stopped: str, *also: type[Exception]) -> Iterator[None]:
     """
     kinds: tuple[type[Exception], ...] = (UserError, *also)
     try:
-        yield
+        with noted():
+            yield
     except kinds as error:
         writer().print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(2) from None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -16,6 +13,7 @@ from backsketch.experiments.live import LiveTable
 from backsketch.experiments.pool import outcomes
 from backsketch.experiments.store import Store
 from backsketch.files import make_folder, only_one
+from backsketch.signals import asked, noted
 
 __all__ = ["run_sweep"]
 
@@ -50,7 +48,8 @@ def run_sweep(
     """
     folder = out / config.name
     make_folder(folder)
-    with only_one(folder, "sweep"):
+    # SIGTERM acts as Ctrl-C, so that worker processes are not left behind.
+    with noted(signal.SIGINT, signal.SIGTERM), only_one(folder, "sweep"):
         return _run(config, Store(folder), workers, data, console or Console())
 
 
@@ -64,11 +63,12 @@ def _run(
     count = config.workers if workers is None else workers
     stream = outcomes(missing, count, config.threads, None if data is None else str(data))
     live = LiveTable(console, config.name, len(jobs), len(jobs) - len(missing))
-    with live, _stoppable() as stop, closing(stream):  # processes end with the sweep
+    with live, closing(stream):  # processes end with the sweep, however it ends
         for job, record in stream:
             store.save(job, record)
             live.ended(job, record)
-            stop()
+            if asked():  # and the exception was lost
+                raise KeyboardInterrupt
             if record["status"] == "failed":
                 failed.append(job.label)
     if missing or not store.is_gathered(config):
@@ -76,30 +76,3 @@ def _run(
     else:
         store.describe(config)
     return failed
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], None]]:
-    """SIGTERM as Ctrl-C, so that worker processes are not left behind.
-
-    Yields a function that raises what was lost: Python forgets an exception that comes within a finalizer.
-    """
-    asked = []
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        asked.append(signum)
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield check
-        return
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield check
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

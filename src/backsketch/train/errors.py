@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from backsketch.files import UserError
+from backsketch.signals import asked
 
 
 class TrainError(UserError):
@@ -35,7 +36,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self.signum = asked()  # one whose exception was lost
         self.gently = False
         self._before: dict[int, Any] = {}
 

@@ -180,8 +180,8 @@ class Trainer:
         )
 
     def extra_variance(self) -> float | None:
-        """Measured at the present weights; 0 for an exact run, None where it cannot be measured."""
-        if not self.sketched:
+        """Measured at the present weights; 0 where steps are exact, None where it cannot be measured."""
+        if not self.sketched or (self.auto is not None and not self.auto.rules):
             return 0.0
         # Beyond the last step of the run: an order that training does not use.
         batches = [self.batch_of(self.total_steps + i) for i in range(VARIANCE_BATCHES)]
