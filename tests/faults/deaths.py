@@ -17,8 +17,8 @@ __all__ = ["DEATHS", "Death", "Moment"]
 IGNORED = re.compile(r"Exception ignored in: .*?KeyboardInterrupt: *\n", re.DOTALL)
 """What Python prints of a Ctrl-C that comes within a finalizer. The run has to stop nevertheless."""
 
-PATIENCE = 5.0
-"""Seconds in which a run that has got a signal may still write its results and succeed."""
+PROGRESS = re.compile(r": done,|epoch \d+/")
+"""What a run says of each job or epoch: after a signal it may end the one that it is at, and be at its end."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ def _ended(*codes: int, saying: str = "") -> Callable[[Sequence[Process]], str]:
         for process in processes:
             if process.code not in (0, *codes):
                 return f"exit code {process.code}: {process.said[-2000:]}"
-            late = None if process.signalled is None else process.seconds - process.signalled
-            if late is not None and process.code == 0 and late > PATIENCE:
-                return f"went on for {late:.0f} s after the signal: {process.said[-2000:]}"
+            went_on = PROGRESS.findall(process.said_after_signal)
+            if process.code == 0 and len(went_on) > 1:
+                return f"went on after the signal: {process.said[-2000:]}"
             if "Traceback" in IGNORED.sub("", process.said):
                 return f"a traceback: {process.said[-2000:]}"
             if process.code == 2 and saying not in process.said:

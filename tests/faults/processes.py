@@ -48,7 +48,7 @@ class Process:
         self.seconds = (
             0.0  # that it has lived, without those in which this process stood still itself
         )
-        self.signalled: float | None = None  # after so many of them
+        self.signalled: int | None = None  # when it had said so many bytes
         self._polled = time.monotonic()
 
     @property
@@ -77,11 +77,18 @@ class Process:
                 time.sleep(0.02)
         return self.code
 
+    @property
+    def said_after_signal(self) -> str:
+        """What it went on to say; empty if it never got one."""
+        return (
+            "" if self.signalled is None else self._said[self.signalled :].decode(errors="replace")
+        )
+
     def send(self, signum: int) -> None:
         """Send it a signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, signum)
-            self.signalled = self.seconds
+            self.signalled = len(self._said)
 
     def fill_disk(self, free: int) -> None:
         """From now on no file of it grows beyond so many bytes: the writes fail as on a full disk."""
