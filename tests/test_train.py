@@ -20,6 +20,7 @@ from rich.console import Console
 
 import backsketch as bs
 from backsketch import models
+from backsketch.nn.swap import is_swapped
 from backsketch.planning.measure import step as measure
 from backsketch.train import ImageData, Interrupted, TrainError, train
 from backsketch.train.checkpoint import load_checkpoint
@@ -523,6 +524,48 @@ class TestAuto:
         fit(again)
         assert again.cost == whole.cost
         assert result_of(again, 0.0)["auto"] == result_of(whole, 0.0)["auto"]
+
+    @pytest.mark.parametrize("in_8_bits", [False, True])
+    def test_a_run_whose_sketched_steps_are_slower_goes_back_to_exact_ones(
+        self, tmp_path, in_8_bits
+    ):
+        data = toy()
+        with steered("save", sketched=1.25, in_8_bits=in_8_bits) as clock:
+            job = replace(self.job(data), epochs=12)  # 48 steps: time for both trials
+            found = fit(trainer_of(job, data, tmp_path / "c.pt", now=clock))
+        auto = result_of(found, 0.0)["auto"]
+        assert auto["plan"] == {}
+        assert "back to exact steps: a sketched step takes 1.25 ± 0.00" in auto["reason"]
+        assert found.history.step_seconds[-3:] == [1.0, 1.0, 1.0]
+        assert not any(is_swapped(m) for m in found.core.modules())
+        assert auto["reason"] in automatic({"auto": auto})
+
+    def test_a_short_run_has_time_for_8_bit_products_and_for_no_profile(self, tmp_path):
+        found = self.fitted(tmp_path / "c.pt", "save", in_8_bits=True, share=0.03)
+        auto = result_of(found, 0.0)["auto"]
+        assert set(auto["plan"].values()) == {"int8"}
+        assert auto["measured_ratio"] == 0.5
+        assert (auto["profile_seconds"], auto["spent_seconds"]) == (0.0, 0.0)
+        assert auto["budget_seconds"] == pytest.approx(0.03 * 32)
+        assert "a profile would take about 1e+02 s, over 3% of the 32 s" in auto["reason"]
+        assert found.history.step_seconds[-3:] == [0.5, 0.5, 0.5]
+        assert sum(found.history.step_seconds) < 32
+
+    def test_when_the_budget_is_spent_the_keeps_stay(self, tmp_path, monkeypatch):
+        data, step = toy(), bs.Controller.step
+        with steered("save", share=0.83) as clock:
+
+            def slow(controller):
+                clock.now += 2.0
+                step(controller)
+
+            monkeypatch.setattr(bs.Controller, "step", slow)
+            job = replace(self.job(data), epochs=32)  # 128 steps: 106 s for a profile and replays
+            found = fit(trainer_of(job, data, tmp_path / "c.pt", now=clock))
+        auto = result_of(found, 0.0)["auto"]
+        assert "the keeps stay since step" in auto["reason"]
+        assert auto["spent_seconds"] >= auto["budget_seconds"] > auto["profile_seconds"] == 40
+        assert auto["spent_seconds"] < auto["budget_seconds"] + 20 * 2.0
 
     def under_a_region(self, path, keep: float, **options):
         data = toy()
