@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from backsketch.signals import noted
+
 if TYPE_CHECKING:
     import typer
 
@@ -51,7 +53,11 @@ def make_app() -> typer.Typer:
 def main() -> None:
     """Entry point: exit code 0, 2 for what the user can set right, 130 after Ctrl-C."""
     try:
-        make_app()()
+        with noted():  # from the beginning: making the application imports a lot
+            make_app()()
+    except KeyboardInterrupt:
+        print("stopped before anything was begun", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         if package not in EXTRA:

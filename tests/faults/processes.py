@@ -136,6 +136,8 @@ def _become(
         code = work() or 0
     except SystemExit as asked:
         code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+    except KeyboardInterrupt:  # before the command had begun
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:

@@ -87,6 +87,17 @@ def test_a_command_whose_beginning_swallowed_ctrl_c_stops_all_the_same(tmp_path,
     assert CliRunner().invoke(cli.make_app(), ["sweep", "tiny.json", "--out=."]).exit_code == 0
 
 
+def test_ctrl_c_while_the_application_is_made_is_a_sentence_and_130(monkeypatch, capsys):
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "make_app", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+    assert "stopped before anything was begun" in capsys.readouterr().err
+
+
 def test_a_signal_is_forgotten_with_the_block_that_it_came_in():
     with noted(signal.SIGINT, signal.SIGTERM):
         with noted():
