@@ -265,7 +265,7 @@ class Auto:
         if rules not in self._used:
             self._used.append(rules)
         if any(isinstance(sketch, bs.Region) for sketch in _parsed(rules).values()):
-            measure.one_pass(run.core, run.batch_of(0), run.loss)
+            measure.warm(run.core, run.batch_of(0), run.loss)
 
     # --- controlling --------------------------------------------------------------------------------
 

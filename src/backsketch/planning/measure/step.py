@@ -54,12 +54,6 @@ def backward_flops_ratio(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> floa
         return sketched / backward_flops(model, batch, loss_fn)
 
 
-def one_pass(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> None:
-    """One pass in which nothing is measured, but regions are captured and verified."""
-    with untouched(model, training=True, seed=0):
-        _gradients(model, loss_fn(model, batch))
-
-
 def saved_bytes(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
     """Bytes of the distinct storages that autograd keeps for the backward of one step.
 
