@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch.ops import linear_cross_entropy, logits
-from mutations import drop_the_weights, shift_the_indices
+from mutations import drop_the_weights, halve_the_dither_of_products, shift_the_indices
 
 ROWS, WIDTH, CLASSES = 13, 5, 11
 
@@ -163,7 +163,8 @@ class Head(nn.Module):
 class ExactHead(Head):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.mix(self.embed(tokens)) * torch.linspace(0.5, 2, tokens.shape[0])[:, None]
-        return reference(x, self.head.weight, targets, self.head.bias, **self.form)
+        form = {name: value for name, value in self.form.items() if name != "arithmetic"}
+        return reference(x, self.head.weight, targets, self.head.bias, **form)
 
 
 def check(head: Head, draws: int = 600) -> bs.testing.UnbiasedReport:
@@ -179,6 +180,8 @@ def check(head: Head, draws: int = 600) -> bs.testing.UnbiasedReport:
 UNBIASED = [
     *(pytest.param({"tied": tied, **form}, id=f"{name}{'-tied' * tied}")
       for (name, form), tied in itertools.product(FORMS.items(), [False, True])),
+    pytest.param({"tied": True, "arithmetic": "int8"}, id="int8"),
+    pytest.param({"tied": False, "arithmetic": "int8", "label_smoothing": 0.1}, id="int8-smoothing"),
     pytest.param({"tied": False, "reduction": "none"}, id="none"),
     pytest.param({"tied": False, "bias": False, "reduction": "sum"}, id="sum-no bias"),
 ]  # fmt: skip
@@ -196,6 +199,15 @@ def test_a_wrong_draw_is_noticed(form, mutation, monkeypatch):
     mutation(monkeypatch)
     with pytest.raises(AssertionError, match="biased"):
         check(Head(True, 0.3, **FORMS[form]))
+
+
+def test_eight_bits_alone_are_close_and_unbiased(monkeypatch):
+    head = Head(False, 1.0, arithmetic="int8")
+    report = check(head)
+    assert 0 < report.relative_variance["head.weight"] < 1e-2
+    halve_the_dither_of_products(monkeypatch)
+    with pytest.raises(AssertionError, match="biased"):
+        check(head, draws=200)
 
 
 def test_zero_inputs_have_gradients_too():

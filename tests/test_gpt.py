@@ -99,6 +99,8 @@ def test_layer_sketches_reach_every_linear_layer():
         bs.Rows(keep=0.5),
         {"head": bs.Columns(keep=0.5)},
         {"head": bs.Rows(keep=0.4, scores="l2")},
+        {"head": bs.Int8(sketch=bs.Rows(keep=0.5))},
+        bs.Int8(),
         {"blocks.*.mlp": bs.Region(keep=0.5, row_dims=2)},
         {"blocks.*.attn": bs.Region(keep=0.5)},
     ],

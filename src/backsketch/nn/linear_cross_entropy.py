@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backsketch import ops
-from backsketch.estimators import Bilinear, Rows
+from backsketch.estimators import Bilinear, Int8, Rows
 from backsketch.nn.registry import Adapter, register
 from backsketch.nn.swap import Swapped
 from backsketch.ops.linear import Linear
@@ -22,8 +22,9 @@ class LinearCrossEntropy(nn.Linear):
 
     A function cannot be given a sketch, a module can: under ``bs.Rows(keep=0.25)`` the loss is
     :func:`backsketch.ops.linear_cross_entropy`, which stores no logits and computes the gradient of a quarter
-    of the tokens. Without a sketch, in eval mode and for logits it is PyTorch's own arithmetic. The keys of a
-    state_dict are those of ``nn.Linear``.
+    of the tokens, under ``bs.Int8(sketch=bs.Rows(keep=0.25))`` with products in 8 bits. Under any other
+    estimator the logits are those of a sketched linear layer, and without a sketch and in eval mode all is
+    PyTorch's own arithmetic. The keys of a state_dict are those of ``nn.Linear``.
 
     Args:
         in_features, out_features, bias: as for ``nn.Linear``.
@@ -68,28 +69,35 @@ class LinearCrossEntropy(nn.Linear):
 
 
 class SketchedLinearCrossEntropy(Swapped, LinearCrossEntropy):
-    """Head and loss in one under ``Rows``; a sketched linear layer and an exact loss under any other estimator."""
+    """Head and loss in one where tokens are sampled; otherwise a sketched linear layer and an exact loss."""
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         if not self._active():
             return super().forward(input, targets)
-        sketch = self._backsketch
-        if targets is None or not _samples_tokens(sketch):
-            logits = ops.linear(input, self.weight, self.bias, sketch)
+        keep = _keep_of(self._backsketch)
+        if targets is None or keep is None:
+            logits = ops.linear(input, self.weight, self.bias, self._backsketch)
             return logits if targets is None else self._loss(logits, targets)
         return ops.linear_cross_entropy(
             input,
             self.weight,
             targets,
             self.bias,
-            keep=sketch.fraction,
+            keep=keep,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            arithmetic="int8" if isinstance(self._backsketch, Int8) else "exact",
         )
 
 
-def _samples_tokens(sketch: object) -> bool:
-    return isinstance(sketch, Rows) and (sketch.scores, sketch.design) == ("optimal", "systematic")
+def _keep_of(sketch: object) -> float | None:
+    """The fraction of tokens whose gradient ``linear_cross_entropy`` computes in place of a sketch, if it can."""
+    if isinstance(sketch, Int8):
+        # Alone it would make all logits twice to save memory, where it is asked to save time.
+        return None if sketch.save else _keep_of(sketch.sketch)
+    if isinstance(sketch, Rows) and (sketch.scores, sketch.design) == ("optimal", "systematic"):
+        return sketch.fraction
+    return None
 
 
 def _weights(module: nn.Module) -> list[tuple[Bilinear, Tensor]]:

@@ -37,7 +37,7 @@ from backsketch.sampling import next_seed
 __all__ = ["linear_cross_entropy"]
 
 _REDUCTIONS = ("mean", "sum", "none")
-_ARITHMETICS = ("exact",)
+_ARITHMETICS = ("exact", "int8")
 
 
 def linear_cross_entropy(
@@ -71,7 +71,8 @@ def linear_cross_entropy(
         z_loss: weight of the squared log of the softmax's denominator, added to each row's loss.
         soft_cap: c in ``c tanh(logits / c)``, applied to the logits before all else.
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"`` or ``"none"``.
-        arithmetic: of the backward's products; ``"exact"`` is all there is so far.
+        arithmetic: of the backward's two products: ``"exact"``, or ``"int8"`` for stochastically rounded
+            8-bit operands (:class:`backsketch.Int8`; unbiased, too). The logits are exact in either case.
         chunk_rows: rows whose logits exist at a time; by default as many as take 32 MiB.
 
     Returns:
@@ -99,7 +100,8 @@ def linear_cross_entropy(
     rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
     tensors = [t for t in (x, weight, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        losses = _LinearCrossEntropy.apply(rows, weight, bias, wanted, keep, form)[0]
+        is_int8 = arithmetic == "int8"
+        losses = _LinearCrossEntropy.apply(rows, weight, bias, wanted, keep, is_int8, form)[0]
     else:
         losses = head_losses(rows, weight, bias, wanted, *form)[0]
     if reduction == "none":
@@ -118,6 +120,7 @@ class _LinearCrossEntropy(Function):
         bias: Tensor | None,
         targets: Tensor,
         keep: float,
+        is_int8: bool,
         form: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses, lse, scores = head_losses(x, weight, bias, targets, *form)
@@ -125,7 +128,7 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, targets, ctx.keep, ctx.form = inputs
+        x, weight, bias, targets, ctx.keep, ctx.is_int8, ctx.form = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, targets, *output[1:])
@@ -136,13 +139,14 @@ class _LinearCrossEntropy(Function):
         if cotangent is not None:
             needed = tuple(ctx.needs_input_grad[:3])
             gradients = without_double_backward(
-                _vjp, ctx.keep, ctx.form, needed, cotangent, *ctx.saved_tensors
+                _vjp, ctx.keep, ctx.is_int8, ctx.form, needed, cotangent, *ctx.saved_tensors
             )
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _vjp(
     keep: float,
+    is_int8: bool,
     form: tuple[Any, ...],
     needed: tuple[bool, ...],
     cotangent: Tensor,
@@ -152,7 +156,7 @@ def _vjp(
     *rest: Tensor,
 ) -> tuple[Tensor | None, ...]:
     seed = next_seed(cotangent, weight)
-    found = head_gradients(cotangent, x, weight, bias, *rest, seed, keep, *needed, *form)
+    found = head_gradients(cotangent, x, weight, bias, *rest, seed, keep, is_int8, *needed, *form)
     return tuple(gradient if wanted else None for gradient, wanted in zip(found, needed))
 
 

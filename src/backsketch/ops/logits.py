@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backsketch.products import Products
 from backsketch.sampling import Sample, draw, num_kept, operator
 
 __all__ = ["head_gradients", "head_losses"]
@@ -130,13 +131,14 @@ def _gradient_norm(
 
 def _gradients_impl(
     cotangent: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor,
-    scores: Tensor, seed: Tensor, keep: float,
+    scores: Tensor, seed: Tensor, keep: float, is_int8: bool,
     need_x: bool, need_weight: bool, need_bias: bool, *form: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     head = _head_of(weight, bias, x.dtype, *form)
     kept, weights = _drawn(scores * cotangent.abs(), keep, seed)
     scale = cotangent[kept] * weights
-    sums = _Sums(head, x, (need_x, need_weight, need_bias))
+    needed = need_x, need_weight, need_bias
+    sums = _Sums(head, x, needed, Products(seed) if is_int8 else None)
     with torch.autocast(x.device.type, enabled=False):
         for part in head.chunks(len(kept), lse.element_size()):
             rows = kept[part]
@@ -170,10 +172,12 @@ def _cotangent(head: _Head, x: Tensor, targets: Tensor, lse: Tensor, scale: Tens
 class _Sums:
     """Sums over chunks of what is needed: rows of grad_input, grad_weight and grad_bias."""
 
-    def __init__(self, head: _Head, x: Tensor, needed: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, head: _Head, x: Tensor, needed: tuple[bool, bool, bool], products: Products | None
+    ) -> None:
         wide = torch.promote_types(x.dtype, torch.float32)
         shapes = (x.shape, head.weight.shape, head.weight.shape[:1])
-        self.head = head
+        self.head, self.products = head, products
         self.input, self.weight, self.bias = (
             x.new_zeros(shape, dtype=dtype) if want else None
             for shape, want, dtype in zip(shapes, needed, (x.dtype, wide, wide))
@@ -183,8 +187,12 @@ class _Sums:
         """The part of the rows ``rows``, with cotangent ``g`` and inputs ``x``."""
         weight = self.head.weight if self.input is not None else None
         inputs = x if self.weight is not None else None
-        below = None if weight is None else g @ weight
-        at_weight = None if inputs is None else self._product(g, inputs)
+        below: Tensor | None
+        if self.products is not None:
+            below, at_weight, _ = self.products.vjps(g, inputs, weight)
+        else:
+            below = None if weight is None else g @ weight
+            at_weight = None if inputs is None else self._product(g, inputs)
         if self.input is not None and below is not None:
             self.input[rows] = below
         if self.weight is not None and at_weight is not None:
@@ -222,7 +230,7 @@ def _losses_fake(
 
 def _gradients_fake(
     cotangent: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor,
-    scores: Tensor, seed: Tensor, keep: float,
+    scores: Tensor, seed: Tensor, keep: float, is_int8: bool,
     need_x: bool, need_weight: bool, need_bias: bool, *form: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     below = x.new_empty(x.shape if need_x else 0)
@@ -240,7 +248,7 @@ head_losses = operator(
 )
 head_gradients = operator(
     "head_gradients(Tensor cotangent, Tensor x, Tensor weight, Tensor? bias, Tensor targets, Tensor lse,"
-    " Tensor scores, Tensor seed, float keep, bool need_x, bool need_weight, bool need_bias,"
+    " Tensor scores, Tensor seed, float keep, bool is_int8, bool need_x, bool need_weight, bool need_bias,"
     f" {_FORM}) -> {_THREE}",
     _gradients_impl,
     _gradients_fake,
