@@ -73,7 +73,8 @@ def linear_cross_entropy(
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"`` or ``"none"``.
         arithmetic: of the backward's two products: ``"exact"``, or ``"int8"`` for stochastically rounded
             8-bit operands (:class:`backsketch.Int8`; unbiased, too). The logits are exact in either case.
-        chunk_rows: rows whose logits exist at a time; by default as many as take 32 MiB.
+        chunk_rows: rows whose logits exist at a time; by default as many as take 32 MiB, in a backward pass in
+            8 bits at least ``in``, so that they are no larger than the gradient of the weight.
 
     Returns:
         A scalar, or the shape of ``targets`` for the reduction ``"none"``, in float32 or better.

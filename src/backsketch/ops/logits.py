@@ -43,9 +43,10 @@ class _Head:
         logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap) if self.soft_cap else logits
 
-    def chunks(self, count: int, element_size: int) -> Iterator[slice]:
-        """Slices of ``count`` rows."""
-        size = self.chunk_rows or max(1, _CHUNK_BYTES // max(self.num_classes * element_size, 1))
+    def chunks(self, count: int, element_size: int, at_least: int = 1) -> Iterator[slice]:
+        """Slices of ``count`` rows, of ``at_least`` so many where the caller of the head names no number."""
+        rows = _CHUNK_BYTES // max(self.num_classes * element_size, 1)
+        size = self.chunk_rows or max(rows, at_least)
         return (slice(start, start + size) for start in range(0, count, size))
 
     def slope(self, lse: Tensor) -> Tensor:
@@ -139,8 +140,10 @@ def _gradients_impl(
     scale = cotangent[kept] * weights
     needed = need_x, need_weight, need_bias
     sums = _Sums(head, x, needed, Products(seed) if is_int8 else None)
+    # Each product in 8 bits rounds the whole weight: as many logits at a time as the weight has entries.
+    at_least = weight.shape[1] if is_int8 else 1
     with torch.autocast(x.device.type, enabled=False):
-        for part in head.chunks(len(kept), lse.element_size()):
+        for part in head.chunks(len(kept), lse.element_size(), at_least):
             rows = kept[part]
             inputs = x[rows]
             g = _cotangent(head, inputs, targets[rows], lse[rows], scale[part]).to(x.dtype)
