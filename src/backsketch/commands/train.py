@@ -22,11 +22,22 @@ DEMONSTRATION = {
     "batch_size": 256,
     "model_options": {"widths": [1024, 1024, 1024]},
 }
-MODEL_OPTIONS = ("dim", "depth", "patch", "heads", "widths", "receptive_field", "width")
+MODELS = (*(name for name in RECIPES if name != "hf"), "hf:CONFIG_OR_FOLDER")
+MODEL_OPTIONS = (
+    "dim",
+    "depth",
+    "patch",
+    "heads",
+    "widths",
+    "receptive_field",
+    "width",
+    "context",
+    "tied",
+)
 
 
-def _model(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel="Model and data")
+def _model(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Model and data")
 
 
 def _training(text: str, *names: str) -> Any:
@@ -43,12 +54,12 @@ def _one_of(values: tuple[str, ...]) -> str:
 
 
 def train_command(
-    model: Annotated[str | None, _model(f"{_one_of(tuple(RECIPES))}; default: mlp")] = None,
+    model: Annotated[str | None, _model(f"{_one_of(MODELS)}; default: mlp")] = None,
     data: Annotated[
         str | None,
         _model(
-            "digits, or a dataset id or local folder that datasets.load_dataset reads; "
-            "default: digits"
+            "digits, or a dataset id or local folder that datasets.load_dataset reads; for text also "
+            "a text file or a folder of them; default: digits"
         ),
     ] = None,
     sketch: Annotated[
@@ -58,18 +69,36 @@ def train_command(
             f"default: {DEFAULT_SKETCH}"
         ),
     ] = None,
-    dim: Annotated[int | None, _model("vit: width of the tokens")] = None,
-    depth: Annotated[int | None, _model("vit: number of blocks")] = None,
+    dim: Annotated[int | None, _model("vit, gpt: width of the tokens")] = None,
+    depth: Annotated[int | None, _model("vit, gpt: number of blocks")] = None,
     patch: Annotated[int | None, _model("vit: side of a patch")] = None,
-    heads: Annotated[int | None, _model("vit: attention heads")] = None,
+    heads: Annotated[int | None, _model("vit, gpt: attention heads")] = None,
     widths: Annotated[str | None, _model("mlp: hidden widths, as 512,512,512")] = None,
     receptive_field: Annotated[int | None, _model("bagnet: 5, 9, 17 or 33")] = None,
     width: Annotated[int | None, _model("bagnet: channels of the stem")] = None,
+    context: Annotated[int | None, _model("text: tokens in a row; default: 128")] = None,
+    tied: Annotated[
+        bool | None,
+        _model("gpt: one matrix for embedding and head; default: yes", "--tied/--untied"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        _model(
+            "text: bytes, bpe:4096 (learnt from the data), a file or a hub name; default: bytes"
+        ),
+    ] = None,
+    init: Annotated[
+        str | None, _model("folder of an earlier run, to start from its weights and its model")
+    ] = None,
     image_size: Annotated[int | None, _model("resize and crop images to so many pixels")] = None,
     label_column: Annotated[str | None, _model("column of the classes")] = None,
-    limit_train: Annotated[int | None, _model("train on a random subset of this size")] = None,
+    limit_train: Annotated[
+        int | None, _model("train on a random subset of so many images, or the first tokens")
+    ] = None,
     epochs: Annotated[int | None, _training("passes over the train split")] = None,
-    batch_size: Annotated[int | None, _training("images per step, over all processes")] = None,
+    batch_size: Annotated[
+        int | None, _training("images, or rows of text, per step, over all processes")
+    ] = None,
     lr: Annotated[float | None, _training("peak learning rate")] = None,
     optimizer: Annotated[str | None, _training(_one_of(OPTIMIZERS))] = None,
     momentum: Annotated[float | None, _training("of sgd; default: 0.9")] = None,
@@ -103,7 +132,7 @@ def train_command(
         ),
     ] = None,
 ) -> None:
-    """Train an image classifier with cheaper, unbiased gradients.
+    """Train an image classifier or a language model with cheaper, unbiased gradients.
 
     Without options: an MLP on the digits of scikit-learn, exact and sketched side by side.
 

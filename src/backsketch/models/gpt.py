@@ -7,6 +7,7 @@ every residual branch one submodule with its own norm (`blocks.i.attn`, `blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +85,24 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Append `count` tokens to `(batch, length)`, each drawn given the `context` tokens before it."""
-        for _ in range(count):
-            logits = self(tokens[:, -self.context :])[:, -1].float() / temperature
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, drawn], dim=1)
-        return tokens
+        return continued(self, tokens, count, self.context, temperature, generator)
+
+
+@torch.no_grad()
+def continued(
+    logits: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    count: int,
+    context: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`tokens` `(batch, length)` and `count` more, by any function from tokens to their logits."""
+    for _ in range(count):
+        last = logits(tokens[:, -context:])[:, -1].float() / temperature
+        drawn = torch.multinomial(last.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn], dim=1)
+    return tokens
 
 
 def gpt(

@@ -13,3 +13,5 @@ from backsketch.train.errors import TrainError as TrainError
 from backsketch.train.images import ImageData as ImageData
 from backsketch.train.load import load_data as load_data
 from backsketch.train.run import train as train
+from backsketch.train.tasks import data_of as data_of
+from backsketch.train.text import TextData as TextData

@@ -24,12 +24,14 @@ class Recipe:
     """Defaults of a model: one row of `RECIPES`.
 
     Attributes:
+        task: what the model is for, a row of `backsketch.train.tasks.TASKS`.
         epochs: passes over the data, raised where needed to make `min_steps` steps, so that small
             data is trained to the end too.
         rates: optimizer -> (peak learning rate, weight decay); the first is the default optimizer.
         warmup: share of all steps in which the learning rate rises to its peak.
     """
 
+    task: str
     epochs: int
     min_steps: int
     batch_size: int
@@ -46,11 +48,31 @@ def _rates(
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "mlp": Recipe(3, 250, 128, _rates(2e-3, 0.01, 0.1, 1e-4), "one-cycle", 0.1),
-        "bagnet": Recipe(10, 800, 128, _rates(3e-3, 0.05, 0.1, 5e-4), "one-cycle", 0.2),
-        "vit": Recipe(16, 800, 128, _rates(2e-3, 0.05, 0.1, 1e-4), "one-cycle", 0.2),
+        "mlp": Recipe("images", 3, 250, 128, _rates(2e-3, 0.01, 0.1, 1e-4), "one-cycle", 0.1),
+        "bagnet": Recipe("images", 10, 800, 128, _rates(3e-3, 0.05, 0.1, 5e-4), "one-cycle", 0.2),
+        "vit": Recipe("images", 16, 800, 128, _rates(2e-3, 0.05, 0.1, 1e-4), "one-cycle", 0.2),
+        "gpt": Recipe("text", 4, 800, 32, _rates(2e-3, 0.1, 0.1, 1e-4), "one-cycle", 0.1),
+        "hf": Recipe("text", 1, 200, 16, _rates(3e-4, 0.1, 0.03, 1e-4), "one-cycle", 0.1),
     }
 )
+
+# Fields of `TrainConfig` that mean something for one task alone.
+OWN_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"images": ("augment", "label_column", "image_size"), "text": ("tokenizer",)}
+)
+
+
+def recipe_of(model: str) -> Recipe:
+    """The recipe of a model's name, whose part before a colon names a family.
+
+    Raises:
+        TrainError: there is no such model.
+    """
+    family, colon, _ = model.partition(":")
+    if family not in RECIPES or bool(colon) != (family == "hf"):
+        names = ", ".join(name if name != "hf" else "hf:CONFIG_OR_FOLDER" for name in RECIPES)
+        raise TrainError(f"model must be one of {names}, got {model!r}")
+    return RECIPES[family]
 
 
 @dataclass(frozen=True)
@@ -60,12 +82,15 @@ class TrainConfig:
     Attributes:
         sketch: text for `parse_rules` (a sketch, or a JSON object from pattern to sketch), `"auto"` or `"none"`.
         compare: train the exact model beside the sketched one.
-        batch_size: images per optimizer step, over all processes and accumulated micro-batches.
+        batch_size: images, or rows of text, per optimizer step, over all processes and accumulated micro-batches.
         grad_accumulation: micro-batches per optimizer step.
         augment: random crop and horizontal flip; by default for colour images only.
         device: `"auto"`, or a torch device; it does not take part in `mismatch`.
         threads: of a CPU; by default PyTorch's choice.
+        limit_train: so many images, or tokens of text, at most.
         evaluations: how often an epoch looks at the test split, evenly spread, the last at its end.
+        tokenizer: of text: `"bytes"`, `"bpe:4096"`, or a file or hub name.
+        init: the folder of an earlier run, whose weights this one starts from.
     """
 
     model: str
@@ -92,8 +117,11 @@ class TrainConfig:
     image_size: int | None = None
     evaluations: int = 1
     model_options: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    init: str | None = None
 
     def __post_init__(self) -> None:
+        recipe_of(self.model)
         for name, allowed in _CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise TrainError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -119,7 +147,6 @@ class TrainConfig:
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
-    "model": tuple(RECIPES),
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
@@ -127,9 +154,17 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 
 
 def resolve(
-    options: Mapping[str, Any], *, num_train: int, image_shape: tuple[int, int, int]
+    options: Mapping[str, Any],
+    *,
+    num_train: int,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> TrainConfig:
     """The full configuration from the options that were given and the data.
+
+    Args:
+        options: fields of `TrainConfig`.
+        num_train: images, or rows of text, to train on.
+        image_shape: of images.
 
     Raises:
         TrainError: an option that does not exist or a value that makes no sense.
@@ -137,9 +172,8 @@ def resolve(
     if unknown := set(options) - {f.name for f in fields(TrainConfig)}:
         raise TrainError(f"there is no option {min(unknown)!r}")
     model = options.get("model", "mlp")
-    if model not in RECIPES:
-        raise TrainError(f"model must be one of {', '.join(RECIPES)}, got {model!r}")
-    recipe = RECIPES[model]
+    recipe = recipe_of(model)
+    _refuse_foreign(options, model, recipe.task)
     optimizer = options.get("optimizer", next(iter(recipe.rates)))
     lr, weight_decay = recipe.rates.get(optimizer, (1e-3, 0.0))
     batch_size = options.get("batch_size", min(recipe.batch_size, num_train))
@@ -160,11 +194,18 @@ def resolve(
         "warmup": recipe.warmup,
         "precision": "fp32",
         "grad_accumulation": 1,
-        "augment": image_shape[0] == 3,
+        "augment": image_shape is not None and image_shape[0] == 3,
         "seed": 0,
         "device": "auto",
     }
     return TrainConfig(**{**defaults, **options})
+
+
+def _refuse_foreign(options: Mapping[str, Any], model: str, task: str) -> None:
+    for other, names in OWN_OPTIONS.items():
+        for name in names if other != task else ():
+            if options.get(name):  # what was filled in by an earlier run is None or False
+                raise TrainError(f"{name} is for {other}, and the model {model} is for {task}")
 
 
 def mismatch(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:

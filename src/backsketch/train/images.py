@@ -1,17 +1,16 @@
 """Image-classification data in memory, and the batches that training draws from it.
 
-Order, augmentation and normalisation of a batch are pure functions of the seed, the epoch and the step. So a
-run that stops after any step continues with exactly the batches that it would have seen, and the number of
-processes does not change what is in a batch.
+Order, augmentation and normalisation of a batch are pure functions of the seed, the epoch and the step
+(:mod:`backsketch.train.order`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from backsketch import models
 from backsketch.train.config import TrainConfig
 from backsketch.train.errors import TrainError
+from backsketch.train.history import History
+from backsketch.train.order import AUGMENT, Shares, stream
 
 HELD_OUT = 0.25
 HELD_OUT_SEED = 0  # not the training seed: runs with other seeds are tested on the same images
@@ -102,6 +103,16 @@ class ImageData:
         correct = (logits.argmax(1) == batch.labels).sum()
         return correct, F.cross_entropy(logits, batch.labels, reduction="sum")
 
+    def outcome(self, config: TrainConfig, core: nn.Module, history: History) -> dict[str, Any]:
+        """Nothing beyond what every result has."""
+        return {}
+
+    def keep(self, out: Path) -> None:
+        """Nothing is kept: the images lie where they came from."""
+
+    def keep_model(self, core: nn.Module, out: Path) -> None:
+        """Nothing beyond the checkpoint."""
+
     def limited(self, limit: int | None, seed: int = HELD_OUT_SEED) -> ImageData:
         """The same data with a seeded subset of `limit` training images.
 
@@ -131,15 +142,7 @@ def held_out(name: str, images: Tensor, labels: Tensor, num_classes: int) -> Ima
     )  # fmt: skip
 
 
-ORDER, AUGMENT, DROPOUT = range(3)  # the purposes that random streams are kept apart by
-EVAL_BATCH = 512  # at most, and at most four times what a training step holds
 ON_DEVICE_BYTES = 4 * 2**30
-
-
-def stream(seed: int, *keys: int) -> torch.Generator:
-    """A CPU generator for one purpose; other keys give an unrelated stream."""
-    state = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
 
 
 @dataclass(frozen=True)
@@ -167,19 +170,9 @@ class Batches:
     def __init__(
         self, data: ImageData, config: TrainConfig, device: torch.device, rank: int, world: int
     ):
-        shares = world * config.grad_accumulation
-        if config.batch_size > data.num_train:
-            raise TrainError(
-                f"the batch of {config.batch_size} is larger than the {data.num_train} train images"
-            )
-        if config.batch_size % shares:
-            raise TrainError(
-                f"the batch of {config.batch_size} does not divide into {shares} equal parts "
-                f"({world} processes, {config.grad_accumulation} accumulated micro-batches)"
-            )
-        self.config, self.rank, self.world, self.device = config, rank, world, device
-        self.steps_per_epoch = data.num_train // config.batch_size
-        self._eval_batch = min(4 * config.batch_size // shares, EVAL_BATCH)
+        self.config, self.device = config, device
+        self._shares = Shares(config, data.num_train, "train images", rank, world)
+        self.steps_per_epoch = self._shares.steps_per_epoch
         size = data.train_images.numel() + data.test_images.numel()
         home = device if size <= ON_DEVICE_BYTES else torch.device("cpu")
         self._train = data.train_images.to(home), data.train_labels.to(home)
@@ -190,27 +183,20 @@ class Batches:
     def train(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """The optimizer steps of an epoch, each a list of this process's micro-batches."""
         images, labels = self._train
-        size, seed = self.config.batch_size, self.config.seed
-        order = torch.randperm(len(labels), generator=stream(seed, ORDER, epoch))
+        order = self._shares.order(epoch)
         for step in range(first_step, self.steps_per_epoch):
-            rows = order[step * size : (step + 1) * size]
+            rows = self._shares.of_step(order, step)
             draws = self._draw_augmentation(epoch, step)
             yield [
                 self._batch(images, labels, rows[part], draws[part] if draws is not None else None)
-                for part in self._parts()
+                for part in self._shares.parts()
             ]
 
     def test(self) -> Iterator[Batch]:
         """This process's share of the test split, in order."""
         images, labels = self._test
-        for rows in torch.arange(self.rank, len(labels), self.world).split(self._eval_batch):
+        for rows in self._shares.of_test(len(labels)):
             yield self._batch(images, labels, rows, None)
-
-    def _parts(self) -> list[slice]:
-        """Which rows of a step are this process's, one slice per micro-batch."""
-        size = self.config.batch_size // (self.world * self.config.grad_accumulation)
-        starts = range(self.rank * size, self.config.batch_size, self.world * size)
-        return [slice(start, start + size) for start in starts]
 
     def _draw_augmentation(self, epoch: int, step: int) -> Tensor | None:
         """Vertical shift, horizontal shift and flip per image, `(batch, 3)` in [0, 1)."""

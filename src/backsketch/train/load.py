@@ -45,7 +45,7 @@ def load_data(
         if label_column or image_size:
             raise TrainError("the digits data takes neither a label column nor an image size")
         return _digits()
-    return _from_splits(name, _load_splits(name), label_column, image_size)
+    return _from_splits(name, load_splits(name), label_column, image_size)
 
 
 def _digits() -> ImageData:
@@ -58,23 +58,41 @@ def _digits() -> ImageData:
     return held_out("digits", images, labels, num_classes=10)
 
 
-def _load_splits(name: str) -> hf.DatasetDict:
-    """`datasets.load_dataset` with its many errors turned into one sentence."""
+def load_splits(
+    name: str,
+    configuration: str | None = None,
+    *,
+    files: str | None = None,
+    called: str | None = None,
+) -> hf.DatasetDict:
+    """`datasets.load_dataset` with its many errors turned into one sentence.
+
+    Args:
+        name: a hub id, a local folder, or the format of `files`.
+        configuration: of a dataset that has several.
+        files: a data file.
+        called: what to call it in messages.
+
+    Raises:
+        TrainError: there is no such dataset, or it cannot be read.
+    """
     import datasets as hf
 
-    folder = Path(name).expanduser()
+    folder, called = Path(name).expanduser(), called or name
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if looks_local and not folder.exists():
         raise TrainError(f"the data folder {name} does not exist")
     if folder.is_dir() and not any(folder.iterdir()):
         raise TrainError(f"the data folder {name} is empty")
+    is_local = folder.exists() or files is not None
     try:
         with _quiet():
-            loaded = hf.load_dataset(str(folder) if folder.exists() else name)
+            where = str(folder) if folder.exists() and files is None else name
+            loaded = hf.load_dataset(where, configuration, data_files=files)
     except Exception as error:  # the loader raises a dozen types, all about the user's dataset
         reason = _first_cause(error)
-        where = "read" if folder.exists() else "find, as a folder here or on the hub,"
-        raise TrainError(f"could not {where} the dataset {name}: {reason}") from error
+        done = "read" if is_local else "find, as a folder here or on the hub,"
+        raise TrainError(f"could not {done} the dataset {called}: {reason}") from error
     return loaded
 
 

@@ -27,9 +27,9 @@ from backsketch.train.checkpoint import (
 from backsketch.train.config import TrainConfig, mismatch, parse_rules
 from backsketch.train.errors import Interrupted, StopRequest, TrainError
 from backsketch.train.history import Evaluation, History, StepClock
-from backsketch.train.images import DROPOUT, stream
+from backsketch.train.order import DROPOUT, stream
 from backsketch.train.setup import make_optimizer, make_schedule
-from backsketch.train.show import TrainProgress
+from backsketch.train.show import TrainProgress, metric_of
 
 __all__ = ["Batches", "Data", "Trainer"]
 
@@ -75,6 +75,15 @@ class Data(Protocol):
 
     def score(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """How many items of a test batch are predicted correctly, and the sum of their losses."""
+
+    def outcome(self, config: TrainConfig, core: nn.Module, history: History) -> dict[str, Any]:
+        """What `result.json` says of a finished run beyond what all runs have, plain values."""
+
+    def keep(self, out: Path) -> None:
+        """Write what a run's results need to be read with, before the first step."""
+
+    def keep_model(self, core: nn.Module, out: Path) -> None:
+        """Write the trained model for others to read, beside the checkpoint; `core` may lose its sketch."""
 
 
 class Trainer:
@@ -142,7 +151,13 @@ class Trainer:
         """
         stop.gently = True
         name = "sketched" if self.sketched else "exact"
-        progress.start(name, self.total_steps, len(self.history.losses), self.config.epochs)
+        progress.start(
+            name,
+            self.total_steps,
+            len(self.history.losses),
+            self.config.epochs,
+            metric_of(self.config.model),
+        )
         while self.epoch < self.config.epochs:
             began = time.perf_counter()
             due = self._next_evaluation()
@@ -213,6 +228,20 @@ class Trainer:
             told = str(error).strip().splitlines() or [type(error).__name__]
             raise TrainError(
                 f"the checkpoint {self.checkpoint} cannot be continued: {told[0]}"
+            ) from error
+
+    def start_from(self, weights: Mapping[str, Tensor], where: str) -> None:
+        """Begin with the weights of an earlier run.
+
+        Raises:
+            TrainError: they are those of another model.
+        """
+        try:
+            self.core.load_state_dict(weights)
+        except RuntimeError as error:
+            told = str(error).strip().splitlines()
+            raise TrainError(
+                f"the weights of {where} do not fit the model {self.config.model}: {told[-1].strip()}"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,16 @@ from backsketch.files import write_whole
 from backsketch.train.history import History
 from backsketch.train.loop import Trainer
 
-PACKAGES = ("backsketch", "torch", "accelerate", "datasets", "scikit-learn", "numpy")
+PACKAGES = (
+    "backsketch",
+    "torch",
+    "accelerate",
+    "datasets",
+    "scikit-learn",
+    "numpy",
+    "tokenizers",
+    "transformers",
+)
 CURVE_POINTS = 400
 
 
@@ -31,7 +40,8 @@ def result_of(trainer: Trainer, setup_seconds: float) -> dict[str, Any]:
     measurements in `extra_variance_by_epoch`; `diverged`; `config`, `data`, `versions`, `device`,
     `processes`; for the sketch `auto` what it chose, changed and advises, under that key (the arithmetic
     is then the mean over the steps of the run, the bytes those at its end); `evaluations` and `curve`, the run
-    over time.
+    over time. Of text also `perplexity`, `tokens_per_second` and `sample`; its losses are in nats a token, and its
+    accuracy is that of the next token.
     """
     history, final = trainer.history, trainer.history.evaluations[-1]
     train_loss = trainer.last_epoch_loss()
@@ -44,6 +54,7 @@ def result_of(trainer: Trainer, setup_seconds: float) -> dict[str, Any]:
         "train_seconds": history.train_seconds,
         "step_seconds_median": history.median_step_seconds(),
         **trainer.cost,
+        **trainer.data.outcome(trainer.config, trainer.core, history),
         **({} if trainer.auto is None else {"auto": trainer.auto.result()}),
         "extra_variance": history.mean_extra_variance(),
         "extra_variance_by_epoch": {str(k): v for k, v in history.extra_variances.items()},

@@ -19,7 +19,6 @@ from backsketch.train.auto import AUTO
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, parse_rules, resolve
 from backsketch.train.errors import StopRequest, TrainError
-from backsketch.train.load import load_data
 from backsketch.train.loop import Data, Trainer
 from backsketch.train.result import result_of, write_json
 from backsketch.train.setup import make_accelerator
@@ -31,6 +30,8 @@ from backsketch.train.show import (
     plot_result,
     verdict,
 )
+from backsketch.train.tasks import data_of
+from backsketch.train.tokens import FILE
 
 CHECKPOINT = "checkpoint.pt"
 EXACT_CHECKPOINT = "exact.pt"
@@ -63,6 +64,8 @@ def train(
     """
     console = console or Console()
     options = dict(options or {})
+    if options.get("init"):
+        options |= _inherited(Path(options["init"]), options)
     out = out or default_folder(options)
     check_spec(options.get("sketch", DEFAULT_SKETCH))
     with StopRequest() as stop:
@@ -75,12 +78,11 @@ def _train(
     began = time.perf_counter()
     if resume:
         options = _saved_options(out, options)
-    data = load_data(
-        options.get("data", "digits"),
-        label_column=options.get("label_column"),
-        image_size=options.get("image_size"),
-    ).limited(options.get("limit_train"))
-    config = resolve(options, num_train=data.num_train, image_shape=data.image_shape)
+    data = data_of(options, out if resume else None)
+    shape = getattr(data, "image_shape", None)
+    config = resolve(options, num_train=data.num_train, image_shape=shape)
+    if config.init and not resume:
+        _refuse_misfit(Path(config.init), out, data)
     accelerator = make_accelerator(config.device, config.precision)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     main = accelerator.is_main_process
@@ -89,6 +91,7 @@ def _train(
             make_folder(out)
             stack.enter_context(only_one(out, "training"))
             _set_aside(out, resume, console)
+            data.keep(out)
         accelerator.wait_for_everyone()
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(_threads(config.threads))
@@ -144,6 +147,30 @@ def _saved_options(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, **asked}
 
 
+def _inherited(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Model and tokenizer of a run that starts from weights: those they were made with, where none are asked for."""
+    saved = load_checkpoint(folder / CHECKPOINT)["config"]
+    if asked.get("model", saved["model"]) != saved["model"]:
+        raise TrainError(f"the weights of {folder} are of {saved['model']}, not {asked['model']}")
+    options = {**saved["model_options"], **asked.get("model_options", {})}
+    tokenizer = str(folder / FILE) if (folder / FILE).is_file() else saved.get("tokenizer")
+    tokenizer = asked.get("tokenizer") or tokenizer
+    found = {"model": saved["model"], "model_options": options, "tokenizer": tokenizer}
+    return {name: value for name, value in found.items() if value}
+
+
+def _refuse_misfit(init: Path, out: Path, data: Data) -> None:
+    """Compare the data that weights were made for with those of this run, before anything is written."""
+    if init.resolve() == out.resolve():
+        raise TrainError(f"a run cannot start from {init} and write there: choose another --out")
+    made, ours = load_checkpoint(init / CHECKPOINT)["data"], data.summary()
+    for name in ("vocabulary", "tokenizer", "context", "num_classes", "image_shape"):
+        if made.get(name) != ours.get(name):
+            raise TrainError(
+                f"the weights of {init} were made with {name} {made.get(name)!r}, not {ours.get(name)!r}"
+            )
+
+
 def _set_aside(out: Path, resume: bool, console: Console) -> None:
     """Remove the outputs of a finished run, and set the checkpoint of an unfinished one aside."""
     if resume:
@@ -180,11 +207,17 @@ def _runs(
             trainer = Trainer(config, data, accelerator, checkpoint, exact=exact_run)
             if resume and checkpoint.is_file():
                 trainer.load()
+            elif config.init:
+                trainer.start_from(
+                    load_checkpoint(Path(config.init) / CHECKPOINT)["model"], config.init
+                )
             _write_report(trainer, out, console)
             setup = loading + time.perf_counter() - began
             trainer.fit(progress, stop)
             results.append(result_of(trainer, setup))
             accelerator.free_memory()
+    if accelerator.is_main_process:
+        data.keep_model(trainer.core, out)
     *exact, result = results
     return {**result, "exact": exact[0]} if exact else result
 
@@ -206,6 +239,8 @@ def _say(console: Console, result: Mapping[str, Any], out: Path) -> None:
         _print(console, verdict(result))
     if "auto" in result:
         _print(console, automatic(result))
+    if result.get("sample"):
+        _print(console, f"it writes:\n{result['sample']}")
     if result["diverged"]:
         told = "the training loss is not finite: lower --lr or raise keep"
         _print(console, told, style="bold red")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,50 @@ from rich.table import Table
 from rich.text import Text
 
 from backsketch.files import write_whole
+from backsketch.train.config import recipe_of
 from backsketch.train.history import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task is judged by, in `result.json` and in words.
+
+    Attributes:
+        key: in the result.
+        of: an evaluation in words.
+        gap: the difference between two results in words.
+        named: a result in words.
+    """
+
+    key: str
+    of: Callable[[Evaluation], str]
+    gap: Callable[[float], str]
+    named: Callable[[float], str]
+
+
+METRICS = {
+    "images": Metric(
+        "test_accuracy",
+        lambda e: f"accuracy {e.accuracy:.2%}",
+        lambda d: f"{100 * d:+.1f} points of accuracy",
+        lambda v: f"test accuracy {v:.2%}",
+    ),
+    "text": Metric(
+        "test_loss",
+        lambda e: f"loss {e.loss:.4f}",
+        lambda d: f"{d:+.4f} nats a token",
+        lambda v: f"test loss {v:.3f}",
+    ),
+}
+
+
+def metric_of(model: str) -> Metric:
+    """The metric of a model's task."""
+    return METRICS[recipe_of(model).task]
+
 
 LINES = 5  # how many lines a run prints where there is no terminal
 COLOURS = {"exact": "#5b6770", "sketched": "#d1495b"}
@@ -58,9 +99,9 @@ class TrainProgress:
     ) -> None:
         self._bars.stop()
 
-    def start(self, name: str, steps: int, done: int, epochs: int) -> None:
+    def start(self, name: str, steps: int, done: int, epochs: int, metric: Metric) -> None:
         """A run of `steps` begins, `done` of them earlier."""
-        self._name, self._epochs, self._accuracy = name, epochs, ""
+        self._name, self._epochs, self._metric, self._test = name, epochs, metric, ""
         self._task = self._bars.add_task(name, total=steps, completed=done, note="")
 
     def step(self, loss: float | None) -> None:
@@ -68,18 +109,18 @@ class TrainProgress:
         if loss is None:
             self._bars.advance(self._task)
         else:
-            self._bars.update(self._task, advance=1, note=f"loss {loss:.4f}{self._accuracy}")
+            self._bars.update(self._task, advance=1, note=f"loss {loss:.4f}{self._test}")
 
     def epoch(self, evaluation: Evaluation, loss: float) -> None:
         """An epoch ends with this training loss."""
-        self._accuracy = f"  test {evaluation.accuracy:.2%}"
-        self._bars.update(self._task, note=f"loss {loss:.4f}{self._accuracy}")
+        self._test = f"  test {self._metric.of(evaluation)}"
+        self._bars.update(self._task, note=f"loss {loss:.4f}{self._test}")
         every = max(self._epochs // LINES, 1)
         shown = evaluation.epoch % every == 0 or evaluation.epoch == self._epochs
         if self._enabled and self._bars.disable and shown:
             self._console.print(
                 f"{self._name}: epoch {evaluation.epoch}/{self._epochs}, loss {loss:.4f}, "
-                f"test accuracy {evaluation.accuracy:.2%}, {evaluation.seconds:.1f} s",
+                f"test {self._metric.of(evaluation)}, {evaluation.seconds:.1f} s",
                 highlight=False,
             )
 
@@ -91,7 +132,7 @@ def comparison(result: Mapping[str, Any]) -> Table:
     table.add_column("")
     for heading in ("exact", "sketched", "sketched / exact") if exact else ("value",):
         table.add_column(heading, justify="right")
-    for key, label, form, compared in _ROWS:
+    for key, label, form, compared in (row for row in _ROWS if row[0] in result):
         values = [exact[key], result[key]] if exact else [result[key]]
         cells = ["not measurable" if v is None else form(v) for v in values]
         if exact:
@@ -116,15 +157,14 @@ def verdict(result: Mapping[str, Any]) -> str:
     )
     ratio = result[key] / exact[key]
     flops = 1 - result["backward_flops_ratio"]
-    gap = 100 * (result["test_accuracy"] - exact["test_accuracy"])
+    metric = metric_of(result["config"]["model"])
+    gap = metric.gap(result[metric.key] - exact[metric.key])
     pays = (
         f"{what} takes {1 - ratio:.0%} less time"
         if ratio < 1
         else f"{what} takes {ratio - 1:.0%} more time: at these sizes the sketch does not pay here"
     )
-    return (
-        f"{flops:.0%} less arithmetic in the backward pass, {gap:+.1f} points of accuracy; {pays}."
-    )
+    return f"{flops:.0%} less arithmetic in the backward pass, {gap}; {pays}."
 
 
 def automatic(result: Mapping[str, Any]) -> str:
@@ -146,9 +186,11 @@ def _bytes(count: float) -> str:
 
 _ROWS = (
     ("test_accuracy", "test accuracy", "{:.2%}".format, False),
+    ("perplexity", "test perplexity", "{:.2f}".format, False),
     ("train_loss", "train loss, last epoch", "{:.4f}".format, False),
     ("steps", "steps", "{:d}".format, False),
     ("step_seconds_median", "median step", lambda s: f"{1000 * s:.2f} ms", True),
+    ("tokens_per_second", "tokens a second", "{:,.0f}".format, True),
     ("train_seconds", "training time", "{:.1f} s".format, True),
     ("backward_flops_ratio", "backward arithmetic", "{:.3f}".format, True),
     ("peak_saved_bytes", "saved for the backward", _bytes, True),
@@ -206,5 +248,6 @@ def _dress(axes: Axes, label: str) -> None:
 
 def _legend(axes: Axes, runs: Mapping[str, Mapping[str, Any]]) -> None:
     handles, names = axes.get_legend_handles_labels()
-    labels = [f"{name}, test accuracy {runs[name]['test_accuracy']:.2%}" for name in names]
+    metric = metric_of(next(iter(runs.values()))["config"]["model"])
+    labels = [f"{name}, {metric.named(runs[name][metric.key])}" for name in names]
     axes.legend(handles, labels, frameon=False, loc="upper right")
