@@ -148,7 +148,7 @@ def _saved_options(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inherited(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Model and tokenizer of a run that starts from weights: those they were made with, where none are asked for."""
+    """Model and tokenizer of a run that starts from weights: theirs, unless others are asked for."""
     saved = load_checkpoint(folder / CHECKPOINT)["config"]
     if asked.get("model", saved["model"]) != saved["model"]:
         raise TrainError(f"the weights of {folder} are of {saved['model']}, not {asked['model']}")

@@ -110,8 +110,8 @@ class TextData:
         """What a run has to say of text.
 
         Returns:
-            `perplexity`, the exponential of the test loss; `tokens_per_second` of a median step; `sample`, what the
-            model writes after the first words of the test text.
+            `perplexity`, the exponential of the test loss; `tokens_per_second` of a median step; `sample`, what
+            the model writes after the first words of the test text.
         """
         loss = history.evaluations[-1].loss
         seconds = history.median_step_seconds()
