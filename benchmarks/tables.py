@@ -166,7 +166,7 @@ def headline() -> str:
         seconds, ratio, accuracy = (_page(name).tables[0].header.index(h) for h in _HEADLINE)
         rows.append(
             [
-                f"{task}: {100 * best.target:g} %", exact.name, told[exact.name][seconds],
+                f"{task}: {100 * best.goal.value:g} %", exact.name, told[exact.name][seconds],
                 best.name, told[best.name][seconds], f"**{told[best.name][ratio]}**",
                 f"{sweep.settings['aim']:g}", told[exact.name][accuracy], told[best.name][accuracy],
             ]

@@ -21,6 +21,7 @@ from backsketch.experiments.report import report
 from backsketch.experiments.store import Sweep
 from backsketch.experiments.views import equal_cost, paper
 from backsketch.experiments.views.arms import (
+    Goal,
     arms,
     best_exact,
     reached,
@@ -212,8 +213,8 @@ def test_arms_use_the_rate_that_was_best_on_the_first_seed():
 
 def test_targets_are_met_between_looks():
     run = made_run("x", "none", speed=0.013)["result"]
-    assert reached(run, 0.5) == pytest.approx(0.5 / 0.013)
-    assert reached(run, 0.992) is None
+    assert reached(run, Goal(0.5)) == pytest.approx(0.5 / 0.013)
+    assert reached(run, Goal(0.992)) is None
 
 
 def test_the_terms_of_rho():

@@ -353,7 +353,7 @@ MISTAKES = [
     ("--data good.txt --batch-size 5000", "rows of train text"),
     ("--data good.txt --init nowhere", "there is no checkpoint nowhere/checkpoint.pt"),
     ("--data good.txt --model hf:nowhere.json", "there is no model 'nowhere.json'"),
-    ("--data good.txt --model hf", "model must be one of"),
+    ("--data good.txt --model hf", "there is no model ''"),
 ]
 
 

@@ -69,7 +69,7 @@ def recipe_of(model: str) -> Recipe:
         TrainError: there is no such model.
     """
     family, colon, _ = model.partition(":")
-    if family not in RECIPES or bool(colon) != (family == "hf"):
+    if family not in RECIPES or (colon and family != "hf"):
         names = ", ".join(name if name != "hf" else "hf:CONFIG_OR_FOLDER" for name in RECIPES)
         raise TrainError(f"model must be one of {names}, got {model!r}")
     return RECIPES[family]

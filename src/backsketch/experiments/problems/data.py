@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from backsketch.train.config import recipe_of
 from backsketch.train.images import ImageData
 from backsketch.train.load import load_data
+from backsketch.train.tasks import TaskData
+from backsketch.train.text import TextData, load_text
 
-__all__ = ["dataset", "images", "located"]
+__all__ = ["data_for", "dataset", "images", "located"]
 
 
 def located(name: str) -> str:
@@ -31,6 +37,37 @@ def dataset(name: str, limit: int | None, limit_test: int | None = None) -> Imag
         test_images=data.test_images[:limit_test].clone(),
         test_labels=data.test_labels[:limit_test].clone(),
     )
+
+
+class _Job(Protocol):
+    """What decides the data of a run; see :class:`backsketch.experiments.problems.training.Training`."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def limit_test(self) -> int | None: ...
+    @property
+    def train(self) -> Mapping[str, Any]: ...
+
+
+def data_for(job: _Job) -> TaskData:
+    """The data of a run, by the task of its model."""
+    if recipe_of(job.model).task == "images":
+        return dataset(job.data, job.limit, job.limit_test)
+    options = json.dumps({"model": job.model, **job.train}, sort_keys=True)
+    return _text(options, job.data, job.limit, job.limit_test)
+
+
+@lru_cache(maxsize=2)
+def _text(options: str, name: str, limit: int | None, limit_test: int | None) -> TextData:
+    """The first ``limit`` tokens to train on and the first ``limit_test`` to test on."""
+    data = load_text({**json.loads(options), "data": located(name)}).limited(limit)
+    end = None if limit_test is None else limit_test + 1
+    return replace(data, name=name, test_tokens=data.test_tokens[:end].clone())
 
 
 @lru_cache(maxsize=4)

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from backsketch.experiments.problems.data import dataset
+from backsketch.experiments.problems.data import data_for
 from backsketch.experiments.problems.training import Training, WatchedTrainer, config_of
 from backsketch.planning.bench import checkpointed, clock_of
 from backsketch.planning.measure import step as measure
-from backsketch.train.images import Batch
 from backsketch.train.setup import make_accelerator
 
 __all__ = ["StepTime", "run"]
@@ -58,7 +55,7 @@ class _Arm:
             arm, options.model, options.data, limit=options.limit, device=options.device,
             **{"train": options.train, **given},
         )  # fmt: skip
-        data = dataset(job.data, job.limit)
+        data = data_for(job)
         config = config_of(job, data)
         accelerator = make_accelerator(config.device, config.precision)
         self.trainer = WatchedTrainer(config, data, accelerator, Path(folder) / "unused.pt")
@@ -74,7 +71,7 @@ class _Arm:
         trainer = self.trainer
         (batch,) = next(trainer.batches.train(*divmod(self.count, trainer.batches.steps_per_epoch)))
         marks = [self.now()]
-        loss = F.cross_entropy(trainer.model(batch.images).float(), batch.labels)
+        loss = trainer.data.loss(trainer.model, batch)
         marks.append(self.now())
         trainer.accelerator.backward(loss)
         marks.append(self.now())
@@ -87,10 +84,7 @@ class _Arm:
 
     def saved_bytes(self) -> int:
         batch = next(self.trainer.batches.train(0))[0]
-        return measure.saved_bytes(self.trainer.model, batch, self._loss)
-
-    def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(model(batch.images), batch.labels)
+        return measure.saved_bytes(self.trainer.model, batch, self.trainer.data.loss)
 
 
 def run(options: StepTime) -> dict[str, Any]:

@@ -14,16 +14,16 @@ import torch
 from rich.console import Console
 
 import backsketch as bs
-from backsketch.experiments.problems.data import dataset
+from backsketch.experiments.problems.data import data_for
 from backsketch.planning.measure import step as measure
 from backsketch.theory.noise import GradientSums
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.errors import StopRequest
-from backsketch.train.images import ImageData
 from backsketch.train.loop import Trainer
 from backsketch.train.result import curve
 from backsketch.train.setup import make_accelerator
 from backsketch.train.show import TrainProgress
+from backsketch.train.tasks import TaskData
 from backsketch.untouched import untouched
 
 __all__ = ["Training", "WatchedTrainer", "config_of", "run", "sketch_text"]
@@ -42,7 +42,7 @@ class Training:
         arm: what it is called in tables.
         sketch: text for :func:`backsketch.train.config.parse_rules`, a mapping from pattern to such
             texts, ``"auto"`` or ``"none"``.
-        limit, limit_test: how many images; all by default.
+        limit, limit_test: how many images, or tokens of text; all by default.
         evaluations: looks at the test split, per epoch.
         train: further options of :class:`backsketch.train.config.TrainConfig`; the recipe of the model
             decides the rest.
@@ -68,11 +68,12 @@ def sketch_text(sketch: str | Mapping[str, str | None]) -> str:
     return sketch if isinstance(sketch, str) else json.dumps(dict(sketch))
 
 
-def config_of(options: Training, data: ImageData) -> TrainConfig:
+def config_of(options: Training, data: TaskData) -> TrainConfig:
     """The configuration of the run, with everything decided."""
     given = {k: v for k, v in vars(options).items() if k not in _OWN and v is not None}
     given |= {"sketch": sketch_text(options.sketch), **options.train}
-    return resolve(given, num_train=data.num_train, image_shape=data.image_shape)
+    shape = getattr(data, "image_shape", None)
+    return resolve(given, num_train=data.num_train, image_shape=shape)
 
 
 class WatchedTrainer(Trainer):
@@ -104,7 +105,7 @@ def run(options: Training) -> dict[str, Any]:
     process (meant for one thread), evaluation and measurements excluded. ``backward_flops`` is that of the
     matrix products in one backward pass, under ``auto`` the mean over the run.
     """
-    data = dataset(options.data, options.limit, options.limit_test)
+    data = data_for(options)
     config = config_of(options, data)
     accelerator = make_accelerator(config.device, config.precision)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []

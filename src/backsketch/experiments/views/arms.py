@@ -16,6 +16,7 @@ from backsketch.experiments.store import Sweep
 
 __all__ = [
     "Arm",
+    "Goal",
     "Run",
     "arms",
     "best_exact",
@@ -40,6 +41,55 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What the arms of a comparison have to reach on the test split.
+
+    Attributes:
+        value: an accuracy, to be reached from below, or a loss in nats, from above.
+        key: ``"accuracy"`` or ``"loss"``.
+    """
+
+    value: float
+    key: str = "accuracy"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Goal | None:
+        """The goal that the settings of a sweep name: ``target`` or ``target_loss``."""
+        if "target_loss" in settings:
+            return cls(float(settings["target_loss"]), "loss")
+        return cls(float(settings["target"])) if "target" in settings else None
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether less is better."""
+        return self.key == "loss"
+
+    @property
+    def name(self) -> str:
+        """With the unit, for axes."""
+        return "test loss, nats" if self.is_loss else "test accuracy, %"
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be shown."""
+        return 1.0 if self.is_loss else 100.0
+
+    @property
+    def form(self) -> str:
+        """How it is shown then."""
+        return "{:.4f}" if self.is_loss else "{:.2f} %"
+
+    def shortfall(self, value: float) -> float:
+        """How far a value is from the goal; at most 0 where it is reached."""
+        return value - self.value if self.is_loss else self.value - value
+
+    def __str__(self) -> str:
+        if self.is_loss:
+            return f"a test loss of {self.value:g} nats"
+        return f"{100 * self.value:g} % test accuracy"
+
+
+@dataclass(frozen=True)
 class Arm:
     """All runs of an arm at the learning rate that was best on its first seed.
 
@@ -48,7 +98,7 @@ class Arm:
         quiet: which of the two.
         own_seconds: of a step in the runs themselves, all that the loop does included.
         saved_bytes: kept for the backward pass of a step.
-        target: accuracy to reach.
+        goal: what it has to reach.
         parts: quiet seconds of forward, backward and optimizer, where they were measured.
     """
 
@@ -58,7 +108,7 @@ class Arm:
     step_seconds: float
     quiet: bool
     saved_bytes: float
-    target: float
+    goal: Goal
     own_seconds: float
     parts: Mapping[str, float] = field(default_factory=dict)
     checkpointed: bool = False
@@ -85,7 +135,7 @@ class Arm:
     @property
     def steps(self) -> dict[int, float | None]:
         """Steps to the target by seed; None where it was not reached."""
-        return {r.options.get("seed", 0): reached(r.result, self.target) for r in self.runs}
+        return {r.options.get("seed", 0): reached(r.result, self.goal) for r in self.runs}
 
     @property
     def seconds(self) -> dict[int, float] | None:
@@ -94,20 +144,22 @@ class Arm:
         return found if len(found) == len(self.runs) else None
 
     @property
-    def accuracies(self) -> list[float]:
-        """At the end of training."""
-        return [run.result["accuracy"] for run in self.runs]
+    def finals(self) -> list[float]:
+        """What the goal is measured by, at the end of training."""
+        return [run.result["evaluations"][self.goal.key][-1] for run in self.runs]
 
 
-def reached(result: Mapping[str, Any], target: float) -> float | None:
-    """The step at which the accuracy first meets the target, linear between evaluations."""
-    before = (0, 0.0)
+def reached(result: Mapping[str, Any], goal: Goal) -> float | None:
+    """The step at which the goal is first met, linear between evaluations."""
+    # Before the first step nothing is right, and the loss is about that of the first steps.
+    before = (0, result["curve"]["train_loss"][0] if goal.is_loss else 0.0)
     looks = result["evaluations"]
-    for step, accuracy in zip(looks["step"], looks["accuracy"]):
-        if accuracy >= target:
-            share = (target - before[1]) / (accuracy - before[1])
+    for step, value in zip(looks["step"], looks[goal.key]):
+        if goal.shortfall(value) <= 0:
+            left = goal.shortfall(before[1])
+            share = left / (left - goal.shortfall(value)) if left > 0 else 0.0
             return float(before[0] + share * (step - before[0]))
-        before = (step, accuracy)
+        before = (step, value)
     return None
 
 
@@ -117,9 +169,9 @@ def arms(sweep: Sweep) -> list[Arm]:
     Raises:
         SweepError: there is no run, or no target in the settings.
     """
-    if "target" not in sweep.settings:
+    goal = Goal.of(sweep.settings)
+    if goal is None:
         raise SweepError(f"{sweep.name}: an equal-cost report needs a target in its settings")
-    target = float(sweep.settings["target"])
     runs: dict[str, list[Run]] = {}
     for options, result in sweep.done("training"):
         runs.setdefault(options["arm"], []).append(Run(options, result))
@@ -128,7 +180,7 @@ def arms(sweep: Sweep) -> list[Arm]:
     quiet, checkpoints = _quiet_steps(sweep)
     found = []
     for name, own in runs.items():
-        made = _arm(name, own, target, quiet)
+        made = _arm(name, own, goal, quiet)
         found.append(made)
         for other, entry in checkpoints:
             if made.is_exact and made.first.step_key == _step_key(entry["options"]):
@@ -173,10 +225,10 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-def _arm(name: str, runs: list[Run], target: float, quiet: Mapping[Any, Mapping[str, Any]]) -> Arm:
+def _arm(name: str, runs: list[Run], goal: Goal, quiet: Mapping[Any, Mapping[str, Any]]) -> Arm:
     first = min(run.options.get("seed", 0) for run in runs)
     tuned = [run for run in runs if run.options.get("seed", 0) == first]
-    lr = min(tuned, key=lambda run: _rank(run.result, target)).result["lr"]
+    lr = min(tuned, key=lambda run: _rank(run.result, goal)).result["lr"]
     own = sorted(
         (run for run in runs if run.result["lr"] == lr), key=lambda r: r.options.get("seed", 0)
     )
@@ -184,7 +236,7 @@ def _arm(name: str, runs: list[Run], target: float, quiet: Mapping[Any, Mapping[
     seconds = statistics.median(run.result["seconds"] / run.result["steps"] for run in own)
     return Arm(
         name, own, lr, entry["seconds"] if entry else seconds, entry is not None,
-        own[0].result["saved_bytes"], target, seconds, _parts(entry or {}),
+        own[0].result["saved_bytes"], goal, seconds, _parts(entry or {}),
     )  # fmt: skip
 
 
@@ -192,10 +244,14 @@ def _parts(entry: Mapping[str, Any]) -> dict[str, float]:
     return {part: entry[part] for part in PARTS if part in entry}
 
 
-def _rank(result: Mapping[str, Any], target: float) -> tuple[float, float]:
-    """Sooner at the target first; of those that do not arrive, the most accurate."""
-    steps = reached(result, target)
-    return (math.inf if steps is None else steps, -result["accuracy"])
+def _rank(result: Mapping[str, Any], goal: Goal) -> tuple[float, float]:
+    """Sooner at the goal first; of those that do not arrive, the one that ends nearest."""
+    steps = reached(result, goal)
+    last = result["evaluations"][goal.key][-1]
+    return (
+        math.inf if steps is None else steps,
+        math.inf if last is None else goal.shortfall(last),
+    )
 
 
 def _checkpointed(exact: Arm, name: str, entry: Mapping[str, Any]) -> Arm:

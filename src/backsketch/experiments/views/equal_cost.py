@@ -1,4 +1,4 @@
-"""Equal cost: time to a target accuracy, arm by arm, and which term of rho decided it."""
+"""Equal cost: time to a target accuracy or loss, arm by arm, and which term of rho decided it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def page(sweep: Sweep) -> Page:
 def _comparison(found: Sequence[Arm]) -> TextTable:
     header = (
         "arm", "best lr", "steps to target", "step", "time to target", "over best exact",
-        "backward GFLOP to target", "final accuracy", "saved", "seeds",
+        "backward GFLOP to target", f"final {found[0].goal.key}", "saved", "seeds",
     )  # fmt: skip
     own = [arm for arm in found if not arm.quiet]
     clock = "of the runs themselves" if len(own) == len(found) else "on a quiet machine"
@@ -48,12 +48,8 @@ def _comparison(found: Sequence[Arm]) -> TextTable:
         if 0 < len(own) < len(found)
         else ""
     )
-    title = f"to {_target(found)} test accuracy; steps × seconds of a step {clock}{marked}"
+    title = f"to {found[0].goal}; steps × seconds of a step {clock}{marked}"
     return TextTable(title, header, [_row(arm, found) for arm in found])
-
-
-def _target(found: Sequence[Arm]) -> str:
-    return f"{100 * found[0].target:g} %"
 
 
 def _row(arm: Arm, found: Sequence[Arm]) -> tuple[str, ...]:
@@ -71,7 +67,7 @@ def _row(arm: Arm, found: Sequence[Arm]) -> tuple[str, ...]:
         _with_error(list((arm.seconds or {}).values()), "{:.1f} s") if arrived else "",
         "" if ratio is None else _pair(*ratio, form="{:.2f}"),
         f"{statistics.fmean(flops):.0f}" if arrived and arm.is_even else "",
-        _with_error([100 * a for a in arm.accuracies], "{:.2f} %"),
+        _with_error([arm.goal.scale * value for value in arm.finals], arm.goal.form),
         f"{arm.saved_bytes / 2**20:.1f} MiB",
         str(len(arm.runs)),
     )
@@ -182,36 +178,48 @@ def _steps(found: Sequence[Arm]) -> TextTable:
 
 def _figure(found: Sequence[Arm]) -> Figure:
     figure, panels = new_figure(3, 14, 4.6)
-    over_steps, over_seconds, accuracy = panels
+    over_steps, over_seconds, tested = panels
+    goal = found[0].goal
     shown = [arm for arm in found if not arm.checkpointed]
     for arm, style in _styles(shown):
         steps, losses = _mean_curve(arm)
         _draw(over_steps, steps, losses, arm.name, style)
         _draw(over_seconds, [s * arm.step_seconds for s in steps], losses, arm.name, style)
-        looks, values = _mean_accuracy(arm)
-        percent = [100 * value for value in values]
-        _draw(accuracy, [s * arm.step_seconds for s in looks], percent, arm.name, style)
+        looks, values = _mean_tested(arm)
+        shows = [goal.scale * value for value in values]
+        _draw(tested, [s * arm.step_seconds for s in looks], shows, arm.name, style)
     dress(over_steps, "steps", "training loss", "loss against steps")
     dress(over_seconds, "seconds", "training loss", "loss against seconds")
-    dress(accuracy, "seconds", "test accuracy, %", f"accuracy; line: the target, {_target(found)}")
+    dress(
+        tested, "seconds", goal.name, f"{goal.key}; line: the target, {goal.scale * goal.value:g}"
+    )
     for axes in panels:
         axes.set_xlim(left=0)
     for axes in (over_steps, over_seconds):
         _loss_scale(axes, shown)
-    accuracy.axhline(100 * found[0].target, color=INK, linewidth=0.8)
-    accuracy.set_ylim(*_accuracy_range(shown))
-    handles, labels = accuracy.get_legend_handles_labels()
+    tested.axhline(goal.scale * goal.value, color=INK, linewidth=0.8)
+    tested.set_ylim(*(_loss_range(shown) if goal.is_loss else _accuracy_range(shown)))
+    handles, labels = tested.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
     return figure
 
 
 def _accuracy_range(shown: Sequence[Arm]) -> tuple[float, float]:
     """From what exact runs have after a third of their steps to a little above the best."""
-    values = [_mean_accuracy(arm)[1] for arm in shown]
+    values = [_mean_tested(arm)[1] for arm in shown]
     exact = [own for arm, own in zip(shown, values) if arm.is_exact]
     low = min(own[(len(own) - 1) // 3] for own in exact or values)
     high = max(max(own) for own in values)
     return 100 * low, 100 * min(high + 0.08 * (high - low), 1.0)
+
+
+def _loss_range(shown: Sequence[Arm]) -> tuple[float, float]:
+    """From a little below the best to what exact runs have after a third of their steps."""
+    values = [_mean_tested(arm)[1] for arm in shown]
+    exact = [own for arm, own in zip(shown, values) if arm.is_exact]
+    high = max(own[(len(own) - 1) // 3] for own in exact or values)
+    low = min(min(own) for own in values)
+    return low - 0.08 * (high - low), high
 
 
 def _draw(
@@ -252,9 +260,9 @@ def _mean_curve(arm: Arm) -> tuple[list[float], list[float]]:
     return curves[0]["step"], smooth
 
 
-def _mean_accuracy(arm: Arm) -> tuple[list[float], list[float]]:
+def _mean_tested(arm: Arm) -> tuple[list[float], list[float]]:
     looks = [run.result["evaluations"] for run in arm.runs]
-    values = [statistics.fmean(values) for values in zip(*(e["accuracy"] for e in looks))]
+    values = [statistics.fmean(values) for values in zip(*(e[arm.goal.key] for e in looks))]
     return looks[0]["step"], values
 
 
