@@ -97,7 +97,7 @@ def variances(arguments: argparse.Namespace) -> list[dict]:
                 bs.sketch_(model, parse_rules(sketch))
                 omega = measure.extra_variance(model, looks, data.loss)
                 bs.restore_(model)
-                loss = float(data.loss(model, looks[0]))
+                loss = float(data.loss(model, looks[0]).detach())
                 rows.append({
                     "what": _what(arguments), "phase": phase, "steps": steps, "loss": round(loss, 3),
                     "sketch": name, "rules": sketch, "extra_variance": omega,

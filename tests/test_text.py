@@ -14,8 +14,11 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
+import backsketch as bs
 from backsketch import cli, models
-from backsketch.train import Interrupted, TextData, TrainError, train
+from backsketch.experiments import SweepConfig, run_sweep
+from backsketch.experiments.report import report
+from backsketch.train import Interrupted, TextData, TrainError, measure, train
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.errors import StopRequest
@@ -25,7 +28,7 @@ from backsketch.train.show import TrainProgress
 from backsketch.train.text import load_text
 from backsketch.train.texts import read_texts
 from backsketch.train.tokens import Bytes, tokenizer_of
-from helpers import quiet
+from helpers import ROOT, quiet
 
 CPU = torch.device("cpu")
 WORDS = [
@@ -295,6 +298,20 @@ def test_a_run_starts_from_another_ones_weights_model_and_tokenizer(text, tmp_pa
     assert second["test_loss"] == pytest.approx(first["test_loss"], rel=1e-4)
 
 
+def test_arithmetic_of_the_head_and_of_bytes_is_counted(text):
+    job, data = made(text)
+    model, batch = data.build(job), next(data.batches(job, CPU, 0, 1).train(0))[0]
+    exact = measure.backward_flops(model, batch, data.loss)
+    head = 2 * 2 * 256 * 256 * 32
+    for rules, units in (("rows:keep=0.25", 3 / 8), ("int8:sketch=(rows:keep=0.25)", 1.5 / 8)):
+        bs.sketch_(model, {"head": bs.parse(rules)})
+        expected = exact - head + head * units
+        assert measure.backward_flops(model, batch, data.loss) == expected
+        bs.restore_(model)
+    bs.sketch_(model, bs.Int8())
+    assert measure.backward_flops_ratio(model, batch, data.loss) == pytest.approx(0.25, abs=0.03)
+
+
 # --------------------------------------------------------------------------------------------------
 # Models of Hugging Face
 # --------------------------------------------------------------------------------------------------
@@ -324,6 +341,42 @@ def test_a_configuration_is_trained_and_kept_for_from_pretrained(text, tmp_path,
     options["model"] = f"hf:{tmp_path / 'r/model'}"
     again = run(text, tmp_path / "s", sketch="none", lr=1e-12, **options)
     assert again["test_loss"] == pytest.approx(first["test_loss"], rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sweeps
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_sweep(tmp_path, monkeypatch) -> SweepConfig:
+    """The committed sweep with its arms, one rate each, on a little text and with a small model."""
+    content = json.loads((ROOT / "benchmarks/sweeps/equal_cost_gpt.json").read_text())
+    (folder := tmp_path / "data" / "tinyshakespeare").mkdir(parents=True)
+    (folder / "input.txt").write_text(written())
+    monkeypatch.setenv("BACKSKETCH_DATA", str(tmp_path / "data"))
+    train = {"tokenizer": "bpe:300", "model_options": SMALL}
+    runs, times = content["parts"]
+    runs["fixed"] |= {"train": train, "limit": 1200, "limit_test": 200, "evaluations": 1}
+    runs["grid"] = [
+        {**grid, "lr": grid["lr"][:1], "batch_size": [8], "epochs": [1]}
+        for grid in runs["grid"]
+        if "auto" not in grid["sketch"]
+    ]
+    arms = {name: {**arm, "batch_size": 8} for name, arm in times["fixed"]["arms"].items()}
+    times["fixed"] |= {"train": train, "limit": 1200, "rounds": 2, "arms": arms}
+    content |= {"workers": 0, "settings": {"target_loss": 6.0}}
+    (path := tmp_path / "tiny_gpt.json").write_text(json.dumps(content))
+    return SweepConfig.load(path)
+
+
+def test_the_sweep_over_a_language_model_runs_and_is_reported(tiny_sweep, tmp_path):
+    pytest.importorskip("tokenizers")
+    assert run_sweep(tiny_sweep, tmp_path / "results", console=quiet()) == []
+    report([tmp_path / "results"], tmp_path / "page.html", quiet())
+    page = (tmp_path / "page.html").read_text()
+    for said in ("a test loss of 6 nats", "final loss", "int8, head rows 0.25"):
+        assert said in page
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from backsketch.nn.swap import exact
+from backsketch.ops.flops import COUNTS
 from backsketch.torch_private import pytree
 from backsketch.untouched import untouched
 
@@ -60,12 +61,16 @@ def backward_arithmetic(
 
 
 def product_counter() -> FlopCounterMode:
-    """PyTorch's counter of products of matrices, with what it lacks: grouped ones, and groups in convolutions.
+    """PyTorch's counter of products of matrices, with what it lacks: grouped ones, groups in convolutions, our own.
 
     Its own count of a grouped convolution's ``grad_weight`` is too large by the number of groups.
     """
     aten = torch.ops.aten
-    lacking = {aten._grouped_mm: _grouped, aten.convolution_backward: _convolution_backward}
+    lacking = {
+        **COUNTS,
+        aten._grouped_mm: _grouped,
+        aten.convolution_backward: _convolution_backward,
+    }
     return FlopCounterMode(display=False, custom_mapping=lacking)
 
 

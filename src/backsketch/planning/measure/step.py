@@ -32,7 +32,7 @@ LossFn = Callable[[nn.Module, B], Tensor]
 
 
 def backward_flops(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
-    """Floating point operations of the matrix products in one backward pass.
+    """Floating point operations of the matrix products in one backward pass; those of bytes count a quarter.
 
     Attention is counted through its mathematical form, since PyTorch's counter has no formula for
     the fused kernel on a CPU.
