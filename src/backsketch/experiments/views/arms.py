@@ -157,7 +157,7 @@ def reached(result: Mapping[str, Any], goal: Goal) -> float | None:
     for step, value in zip(looks["step"], looks[goal.key]):
         if goal.shortfall(value) <= 0:
             left = goal.shortfall(before[1])
-            share = left / (left - goal.shortfall(value)) if left > 0 else 0.0
+            share = left / (left - goal.shortfall(value)) if left > 0 else 1.0
             return float(before[0] + share * (step - before[0]))
         before = (step, value)
     return None
