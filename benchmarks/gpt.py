@@ -1,10 +1,12 @@
 """A small language model: the step under sketches over the exact one, and what the sketches add to the variance.
 
     python benchmarks/gpt.py time --data tinyshakespeare/input.txt --threads 2
+    python benchmarks/gpt.py lora --data tinyshakespeare/input.txt --dim 512
     python benchmarks/gpt.py variance --data tinyshakespeare/input.txt
 
 A step is forward, backward and AdamW; arms take turns, ratios are medians. The extra variance is measured at the
-start and after some exact steps, as `backsketch train` measures it.
+start and after some exact steps, as `backsketch train` measures it. In the part lora all weights are frozen but
+adapters of rank 8 on every linear layer of the blocks (`peft`).
 """
 
 from __future__ import annotations
@@ -33,6 +35,11 @@ ARMS = {
     "rows 0.5": "rows:keep=0.5",
 }
 
+LORA_ARMS = {
+    "int8 at frozen layers": '{"*.base_layer": "int8"}',
+    "int8 at frozen layers and head": '{"*.base_layer": "int8", "*.head": "int8"}',
+}
+
 
 def problem(arguments: argparse.Namespace) -> tuple[TextData, dict]:
     """The text and the options of its model."""
@@ -46,11 +53,18 @@ def problem(arguments: argparse.Namespace) -> tuple[TextData, dict]:
     return data_of(options), options
 
 
-def made(data: TextData, options: dict, sketch: str | None) -> tuple[torch.nn.Module, object]:
+def made(
+    data: TextData, options: dict, sketch: str | None, lora: bool = False
+) -> tuple[torch.nn.Module, object]:
     """The same model for every arm, and its optimizer."""
     torch.manual_seed(0)
     config = resolve(options, num_train=data.num_train)
     model = data.build(config)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        layers = ["qkv", "proj", "fc1", "fc2"]
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=layers))
     if sketch is not None:
         bs.sketch_(model, parse_rules(sketch))
     return model, make_optimizer(model, config)
@@ -61,10 +75,11 @@ def times(arguments: argparse.Namespace) -> list[dict]:
     batches = data.batches(resolve(options, num_train=data.num_train), torch.device("cpu"), 0, 1)
     (batch,) = next(batches.train(0))
     arms, more = {}, {}
-    for name, sketch in {"exact": None, **ARMS}.items():
+    lora = arguments.part == "lora"
+    for name, sketch in {"exact": None, **(LORA_ARMS if lora else ARMS)}.items():
         if arguments.only not in name and sketch is not None:
             continue
-        model, optimizer = made(data, options, sketch)
+        model, optimizer = made(data, options, sketch, lora)
 
         def step(model=model, optimizer=optimizer):
             optimizer.zero_grad()
@@ -115,7 +130,7 @@ def _what(arguments: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["time", "variance"])
+    parser.add_argument("part", choices=["time", "lora", "variance"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", default="bpe:1024")
     parser.add_argument("--dim", type=int, default=256)
@@ -129,11 +144,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/gpt"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = {"time": times, "variance": variances}[arguments.part](arguments)
-    name = f"time_{arguments.threads}threads" if arguments.part == "time" else "variance"
-    command = f"python benchmarks/gpt.py {arguments.part} --data tinyshakespeare/input.txt"
+    rows = {"time": times, "lora": times, "variance": variances}[arguments.part](arguments)
+    timed = "" if arguments.part == "variance" else f"_{arguments.threads}threads"
+    name = f"{arguments.part}{timed}"
+    command = (
+        f"python benchmarks/gpt.py {arguments.part} --data tinyshakespeare/input.txt "
+        f"--dim {arguments.dim} --batch-size {arguments.batch_size} --steps {arguments.steps} "
+        f"--threads {arguments.threads} --repeats {arguments.repeats}"
+    )
     result = {
-        "command": f"{command} --threads {arguments.threads} --repeats {arguments.repeats}",
+        "command": command,
         "clock": "perf_counter",
         "device": f"{platform.machine()}, AVX-512 VNNI: {not bs.products.why_slow()}",
         "torch": torch.__version__,

@@ -77,6 +77,41 @@ def memory() -> str:
     return _markdown(["model", "arm", "step", "saved", "peak", "peak, mapped", "ω"], rows)
 
 
+def head() -> str:
+    rows = []
+    for path in sorted((ROOT / "results" / "head").glob("*.json")):
+        found = json.loads(path.read_text())
+        threads = path.stem.removeprefix("head_").removesuffix("threads")
+        for row in found["rows"]:
+            exact = row["sketch"] == "exact"
+            step = f"{row['ms']:.0f} ms" if exact else f"×{row['ratio']:.2f}"
+            saved = f"{row['saved_mib']:.0f} MiB" if exact else f"×{row['saved_ratio']:.4f}"
+            rows.append([row["what"] if exact else "", threads, row["sketch"], step, saved])
+    return _markdown(["head", "threads", "arm", "forward and backward", "saved"], rows)
+
+
+def gpt() -> str:
+    variance = json.loads((ROOT / "results/gpt/variance.json").read_text())["rows"]
+    omega = {(row["sketch"], row["phase"]): row["extra_variance"] for row in variance}
+    phases = list(dict.fromkeys(row["phase"] for row in variance))
+    rows = []
+    for path in sorted((ROOT / "results/gpt").glob("*threads.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            exact, name = row["sketch"] == "exact", row["sketch"]
+            step = f"{row['ms']:.0f} ms" if exact else f"×{row['ratio']:.2f}"
+            what = f"{'LoRA, ' * path.stem.startswith('lora')}{row['what']}" if exact else ""
+            noise = [
+                f"{omega[name, phase]:.4f}"
+                if (name, phase) in omega and not path.stem.startswith("lora")
+                else ""
+                for phase in phases
+            ]
+            saved = f"{row['saved_mib']:.0f} MiB"
+            rows.append([what, path.stem[-8:-7], name, step, saved, *noise])
+    header = ["model", "threads", "arm", "step", "saved", *(f"ω {phase}" for phase in phases)]
+    return _markdown(header, rows)
+
+
 def regions() -> str:
     rows = []
     for path in sorted((ROOT / "results").glob("region_*.json")):
@@ -282,6 +317,8 @@ TABLES = {
     "host_time": host_time,
     "real_variance": real_variance,
     "layer_time": layer_time,
+    "head": head,
+    "gpt": gpt,
     "memory": memory,
     "regions": regions,
     "depth": lambda: _page_table("depth"),
