@@ -219,7 +219,8 @@ def _loss_range(shown: Sequence[Arm]) -> tuple[float, float]:
     exact = [own for arm, own in zip(shown, values) if arm.is_exact]
     high = max(own[(len(own) - 1) // 3] for own in exact or values)
     low = min(min(own) for own in values)
-    return low - 0.08 * (high - low), high
+    span = max(high - low, 0.1)
+    return low - 0.08 * span, low + span
 
 
 def _draw(
