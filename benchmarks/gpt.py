@@ -28,6 +28,7 @@ from backsketch.train.setup import make_optimizer, make_schedule
 
 ARMS = {
     "int8": "int8",
+    "int8, exact head": '{"blocks.*": "int8"}',
     "int8, head rows 0.25": '{"head": "int8:sketch=(rows:keep=0.25)", "blocks.*": "int8"}',
     "int8, rows 0.5": "int8:sketch=(rows:keep=0.5)",
     "head rows 0.25": '{"head": "rows:keep=0.25"}',
