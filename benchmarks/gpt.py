@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from int8 import interleaved, rows_of
 
 import backsketch as bs
-from backsketch.train import TextData, data_of, measure
+from backsketch.planning.measure import step as measure
+from backsketch.train import TextData, data_of
 from backsketch.train.config import parse_rules, resolve
 from backsketch.train.setup import make_optimizer, make_schedule
 
@@ -78,7 +80,7 @@ def times(arguments: argparse.Namespace) -> list[dict]:
     arms, more = {}, {}
     lora = arguments.part == "lora"
     for name, sketch in {"exact": None, **(LORA_ARMS if lora else ARMS)}.items():
-        if arguments.only not in name and sketch is not None:
+        if not re.search(arguments.only, name) and sketch is not None:
             continue
         model, optimizer = made(data, options, sketch, lora)
 
@@ -109,7 +111,7 @@ def variances(arguments: argparse.Namespace) -> list[dict]:
             schedule.step()
         looks = [b for _, (b,) in zip(range(arguments.repeats), batches.train(1))]
         for name, sketch in ARMS.items():
-            if arguments.only in name:
+            if re.search(arguments.only, name):
                 bs.sketch_(model, parse_rules(sketch))
                 omega = measure.extra_variance(model, looks, data.loss)
                 bs.restore_(model)
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100, help="exact ones before the second look")
-    parser.add_argument("--only", default="", help="arms whose name holds this")
+    parser.add_argument("--only", default="", help="arms whose name this expression finds")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("results/gpt"))
@@ -152,6 +154,7 @@ def main() -> None:
         f"python benchmarks/gpt.py {arguments.part} --data tinyshakespeare/input.txt "
         f"--dim {arguments.dim} --batch-size {arguments.batch_size} --steps {arguments.steps} "
         f"--threads {arguments.threads} --repeats {arguments.repeats}"
+        + (f" --only '{arguments.only}'" if arguments.only else "")
     )
     result = {
         "command": command,

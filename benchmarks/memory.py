@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 import backsketch as bs
 from backsketch.memory import kept_by, peak_of
 from backsketch.models import build
+from backsketch.planning.measure.step import extra_variance
 from backsketch.train import load_data
-from backsketch.train.measure import extra_variance
 
 THREADS = 1
 

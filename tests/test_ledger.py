@@ -15,7 +15,7 @@ import backsketch as bs
 from backsketch import sampling
 from backsketch.models import build
 from backsketch.planning.measure.passes import passes
-from backsketch.train.measure import extra_variance
+from backsketch.planning.measure.step import extra_variance
 
 
 class Residual(nn.Module):

@@ -18,7 +18,8 @@ import backsketch as bs
 from backsketch import cli, models
 from backsketch.experiments import SweepConfig, run_sweep
 from backsketch.experiments.report import report
-from backsketch.train import Interrupted, TextData, TrainError, measure, train
+from backsketch.planning.measure import step as measure
+from backsketch.train import Interrupted, TextData, TrainError, train
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.errors import StopRequest

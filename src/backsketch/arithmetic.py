@@ -61,7 +61,7 @@ def backward_arithmetic(
 
 
 def product_counter() -> FlopCounterMode:
-    """PyTorch's counter of products of matrices, with what it lacks: grouped ones, groups in convolutions, our own.
+    """PyTorch's counter of products of matrices, with what it lacks: grouped ones, groups in convolutions, ours.
 
     Its own count of a grouped convolution's ``grad_weight`` is too large by the number of groups.
     """
