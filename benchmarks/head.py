@@ -82,7 +82,8 @@ def main() -> None:
     for row in rows:
         row["saved_ratio"] = round(row["saved_mib"] / rows[0]["saved_mib"], 4)
     result = {
-        "command": f"python benchmarks/head.py --threads {arguments.threads}",
+        "command": f"python benchmarks/head.py --threads {arguments.threads} --repeats {arguments.repeats}"
+        + (f" --only {arguments.only}" if arguments.only else ""),
         "clock": "perf_counter",
         "device": f"{platform.machine()}, AVX-512 VNNI: {not bs.products.why_slow()}",
         "torch": torch.__version__,
