@@ -24,7 +24,7 @@ from backsketch.products.numbers import FLOAT8, NUMBERS
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter computes with NumPy, which warns where a NaN is made or cast.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-KEYS = ((1, 2), (3, 4), (5, 6), (7, 8))
+KEYS = ((1, 0xF0000002), (0xF0000003, 0xE0000004), (0x80000000, 6), (7, 0xFFFFFFFF))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 every_kind = pytest.mark.parametrize("kind", NUMBERS)
 
@@ -150,6 +150,50 @@ def test_without_a_gpu_nothing_of_triton_is_needed_and_the_report_says_what_is_k
         assert "need Triton" in gpu.why_not(torch.device("cuda"), "int8")
         assert "need Triton" in products.why_slow("cuda", "int8")
     gpu.why_not.cache_clear()
+
+
+# What each kernel is compiled with: arguments that are pointers, and constants; other arguments are integers.
+COMPILED = {
+    "round_to_codes": (
+        {"x_at": "bf16", "rate_at": "fp32", "codes_at": "u8", "turned_at": "u8"},
+        {"factor_at": None, "BY_ROW": True, "BLOCK": 256, "FLOATS": False, "HAS_FACTOR": False}
+        | {"HAS_CODES": True, "HAS_TURNED": True, "ROWS": 32, "COLUMNS": 128},
+    ),
+    "largest_of_columns": (
+        {"x_at": "fp32", "factor_at": "fp32", "out_at": "i32"},
+        {"HAS_FACTOR": True, "ROWS": 256, "COLUMNS": 32},
+    ),
+    "rescale": (
+        {"product_at": "i32", "column_at": "fp32", "row_at": "fp32", "out_at": "fp32"},
+        {"HAS_ROW": True, "ADDS": True, "ROWS": 32, "COLUMNS": 128},
+    ),
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_kernel_compiles_for_a_gpu_without_fused_multiply_adds(name, floats):
+    """Which needs no GPU, but the compiler that Triton brings along."""
+    triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from backsketch.products import triton_kernels
+
+    pointers, constants = COMPILED[name]
+    constants = constants | {"FLOATS": floats} if "FLOATS" in constants else constants
+    kernel = getattr(triton_kernels, name)
+    signature = {
+        a: f"*{pointers[a]}" if a in pointers else "constexpr" if a in constants else "i32"
+        for a in kernel.arg_names
+    }
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"enable_fp_fusion": False},
+    )
+    assert "fma." not in compiled.asm["ptx"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is this process")

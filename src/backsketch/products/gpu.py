@@ -10,11 +10,13 @@ No GPU was at hand when this was written: it is tested in Triton's interpreter, 
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from backsketch.products import eager
 from backsketch.products.numbers import BLOCK, FLOAT8, NUMBERS, Numbers, has_float8_product, up
@@ -47,6 +49,23 @@ class Kernels:
         with_bias: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See :func:`backsketch.products.eager.vjps`; the results are float32."""
+        with _on(g.device):
+            return self._vjps(g, x, weight, packed, keys, with_bias)
+
+    def pack(self, x: Tensor, key: eager.Key) -> tuple[Tensor, Tensor]:
+        """See :func:`backsketch.products.eager.pack`: in the layout of the host, which is slow to make here."""
+        with _on(x.device):
+            return self._pack(x, key)
+
+    def _vjps(
+        self,
+        g: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        packed: tuple[Tensor, Tensor] | None,
+        keys: tuple[eager.Key, ...],
+        with_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_input = grad_weight = None
         if weight is not None or x is not None:
             largest = torch.linalg.vector_norm(g, torch.inf, 1, keepdim=True, dtype=torch.float32)
@@ -62,8 +81,7 @@ class Kernels:
             grad_weight = self._packed_weight_vjp(g, *packed, keys[3])
         return grad_input, grad_weight, g.sum(0, dtype=torch.float32) if with_bias else None
 
-    def pack(self, x: Tensor, key: eager.Key) -> tuple[Tensor, Tensor]:
-        """See :func:`backsketch.products.eager.pack`: in the layout of the host, which is slow to make here."""
+    def _pack(self, x: Tensor, key: eager.Key) -> tuple[Tensor, Tensor]:
         n, j = x.shape
         scale, rate = self.numbers.scale(self._largest(x, None))
         codes = self._values(self._round(x, rate, key, wants=(True, False))[0])[:n, :j]
@@ -94,11 +112,9 @@ class Kernels:
         """The rows of x take the scales of the rows of g with them, relative to the largest of their block."""
         assert turned is not None
         n = x.shape[0]
-        blocks = self.numbers.blocks(n)
-        largest = torch.stack(
-            [torch.linalg.vector_norm(scale[block], torch.inf) for block in blocks]
-        )
-        of_rows = largest.repeat_interleave(min(self.numbers.block, n))[:n, None]
+        block = min(self.numbers.block, n)
+        largest = F.pad(scale[:, 0], (0, -n % block)).view(-1, block).amax(1)
+        of_rows = largest.repeat_interleave(block)[:n, None]
         factor = torch.where(of_rows == 0, 0.0, scale / of_rows)
         column, rate = self.numbers.scale(self._largest(x, factor))
         of_x = self._round(x, rate, key, wants=(False, True), factor=factor)[1]
@@ -133,9 +149,9 @@ class Kernels:
         """``(blocks, k)``: largest magnitudes of the columns of ``x * factor``."""
         n, k = x.shape
         out = x.new_empty(-(-n // BLOCK), k, dtype=torch.int32)
-        self._triton.largest_of_columns[(out.shape[0], -(-k // 16))](
+        self._triton.largest_of_columns[(out.shape[0], -(-k // 32))](
             x, factor, out, n, k,
-            HAS_FACTOR=factor is not None, ROWS=BLOCK, COLUMNS=16, **_EXACT,
+            HAS_FACTOR=factor is not None, ROWS=BLOCK, COLUMNS=32, **_EXACT,
         )  # fmt: skip
         largest = out if self.numbers.block == BLOCK else out.amax(0, keepdim=True)
         return largest.view(torch.float32)
@@ -158,7 +174,7 @@ class Kernels:
         turned = x.new_empty(wide, deep, dtype=torch.uint8) if wants[1] else None
         block = BLOCK if in_blocks and self.numbers.block == BLOCK else 0
         self._triton.round_to_codes[(-(-deep // _TILE["ROWS"]), -(-wide // _TILE["COLUMNS"]))](
-            x, factor, rate, codes, turned, n, k, deep, wide, up(k, 32) // 2, *key,
+            x, factor, rate, codes, turned, n, k, deep, wide, up(k, 32) // 2, *map(_signed, key),
             BY_ROW=by_row, BLOCK=block, FLOATS=self.numbers is FLOAT8, HAS_FACTOR=factor is not None,
             HAS_CODES=wants[0], HAS_TURNED=wants[1], **_TILE, **_EXACT,
         )  # fmt: skip
@@ -197,6 +213,16 @@ class Kernels:
         return values.to(kind).view(torch.uint8)
 
 
+def _signed(word: int) -> int:
+    """The same 32 bits: Triton would take a larger number for one of 64."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _padded(n: int) -> int:
     return max(up(n, 16), _LEAST)
 
@@ -228,7 +254,7 @@ def agrees(own: Kernels, device: torch.device | str) -> bool:
         torch.randn(shape, generator=generator).to(device)
         for shape in ((261, 67), (261, 35), (67, 35))
     )
-    keys = ((1, 2), (3, 4), (5, 6), (7, 8))
+    keys = ((1, 0xF0000002), (0xF0000003, 4), (5, 6), (7, 8))
     pairs = zip(
         own.vjps(g, x, weight, None, keys, False)[:2],
         eager.vjps(g, x, weight, None, keys, False, own.numbers)[:2],

@@ -32,8 +32,8 @@ def largest_of_columns(
 @triton.jit
 def _dither(row, column, words, first_key, second_key):
     """Random integers below 65536: the lowbias32 mixer of a counter, half a word for each entry."""
-    word = (row * words + column // 32 * 16 + column % 16).to(tl.uint32) + first_key
-    word = (word ^ (word >> 16)) * 0x7FEB352D ^ second_key
+    word = (row * words + column // 32 * 16 + column % 16).to(tl.uint32) + first_key.to(tl.uint32)
+    word = (word ^ (word >> 16)) * 0x7FEB352D ^ second_key.to(tl.uint32)
     word = (word ^ (word >> 15)) * 0x846CA68B
     word = word ^ (word >> 16)
     return tl.where(column // 16 % 2 == 0, word & 0xFFFF, word >> 16).to(tl.int32)
@@ -62,7 +62,7 @@ def _float(x, rate, dither):
     return byte | ((bits >> 24) & 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_key", "second_key"])  # or each step would compile anew
 def round_to_codes(
     x_at, factor_at, rate_at, codes_at, turned_at, n, k, deep, wide, words, first_key, second_key,
     BY_ROW: tl.constexpr, BLOCK: tl.constexpr, FLOATS: tl.constexpr, HAS_FACTOR: tl.constexpr,
