@@ -202,10 +202,10 @@ def test_the_kernels_in_the_interpreter():
         "triton", reason="Triton comes with PyTorch for CUDA and is not installed here"
     )
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", __file__],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-n", "0", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-2000:]
-    assert "skipped" in process.stdout  # this one
+    assert " passed" in process.stdout
