@@ -244,25 +244,13 @@ def test_halves_that_are_off_by_a_factor_of_two_are_noticed(digits, monkeypatch)
         check_halves(digits)
 
 
-def test_ranks_that_cannot_measure_leave_the_sums_and_the_work_as_they_are(monkeypatch):
+def test_ranks_that_cannot_measure_leave_the_sums_and_the_work_as_they_are():
     work = {"0": calibration.Work(10.0, 1), "2": calibration.Work(30.0, 2)}
     spreads = {0: RowCurve((0.0, 0.5), 2.0), 2: RowCurve((0.0, 0.25), 1.0, 3)}
     found = calibration.Measured(1.0, 2.0, 0.5, {0: 4.0, 2: 0.0}, spreads, work)
     double = calibration.Measured(
         2.0, 4.0, 1.0, {0: 8.0, 2: 0.0}, {i: s + s for i, s in spreads.items()}, work
     )
-
-    def together(*ranks):
-        """What a rank holds after the sum over all."""
-        sent = []
-
-        def collect(numbers, device):
-            sent.append(numbers)
-            return len(ranks), [math.fsum(column) for column in zip(*sent)]
-
-        monkeypatch.setattr(calibration, "summed", collect)
-        layers, device = ["0", "1", "2"], torch.device("cpu")
-        return [calibration.over_ranks(m, 3, 2, layers, device) for m in ranks][-1]
 
     for ranks, total in [
         ((found,), found),
@@ -272,7 +260,7 @@ def test_ranks_that_cannot_measure_leave_the_sums_and_the_work_as_they_are(monke
         ((None, None), None),
         ((found, dataclasses.replace(found, error=math.nan)), None),
     ]:
-        assert together(*ranks) == total
+        assert calibration.over_ranks(ranks) == total
 
 
 # --- the target is held -----------------------------------------------------------------------------

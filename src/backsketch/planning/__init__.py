@@ -1,7 +1,7 @@
 """Planning: the variance ledger, profiles, plans, the controller and benchmarks."""
 
-from backsketch.planning.control.controller import Change as Change
 from backsketch.planning.control.controller import Controller as Controller
+from backsketch.planning.control.log import Change as Change
 from backsketch.planning.facade import Profile as Profile
 from backsketch.planning.facade import profile as profile
 from backsketch.planning.ledger.account import variance as variance

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["effective_batch", "learning_rate_factor"]
+__all__ = ["effective_batch", "in_words", "learning_rate_factor"]
 
 
 def effective_batch(extra_variance: float) -> float:
@@ -66,3 +66,16 @@ def learning_rate_factor(
         return effective_batch(extra_variance)
     effective_batch(extra_variance)  # its check
     return (1 + noise_scale) / (1 + noise_scale * (1 + extra_variance))
+
+
+def in_words(extra_variance: float, noise_scale: float) -> str:
+    """Both rules for a training whose learning rate was tuned for exact gradients."""
+    if not extra_variance:
+        return "the gradients are exact: the learning rate that suits exact training stays right"
+    return (
+        f"your effective batch is now {effective_batch(extra_variance):.2f} of nominal (extra variance "
+        f"{extra_variance:.2f}); multiply a learning rate that was tuned for exact training by "
+        f"{learning_rate_factor(extra_variance):.2f} for SGD where noise dominates "
+        f"({learning_rate_factor(extra_variance, 'sgd', noise_scale):.2f} at the present noise scale "
+        f"{noise_scale:.2g}), by {learning_rate_factor(extra_variance, 'adam'):.2f} for Adam"
+    )

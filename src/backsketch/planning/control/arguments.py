@@ -31,7 +31,14 @@ def called_module(model: nn.Module) -> nn.Module:
 
 
 def check(
-    target: Any, warmup: Any, finish: Any, total: Any, interval: Any, overhead: Any, plans: Any
+    sites: Any,
+    target: Any,
+    warmup: Any,
+    finish: Any,
+    total: Any,
+    interval: Any,
+    overhead: Any,
+    plans: Any,
 ) -> None:
     """All problems of a controller's arguments in one ``ValueError``."""
 
@@ -39,6 +46,11 @@ def check(
         return isinstance(value, int | float) and not isinstance(value, bool)
 
     problems = []
+    if not sites:
+        problems.append(
+            "the model has no sketch with a keep to move; call bs.sketch_(model, ...) first, with regions, masks, "
+            "or estimators such as bs.Rows"
+        )
     if target is not None and not (number(target) and 0 < target < math.inf):
         problems.append(f"target_extra_variance must be positive, or None; got {target!r}")
     counts = {"warmup": (warmup, 0), "finish": (finish, 0), "total_steps": (total, 1)}

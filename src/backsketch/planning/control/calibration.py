@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from backsketch.nn.registry import adapter_of
 from backsketch.nn.swap import switched
-from backsketch.planning.control.ranks import summed
-from backsketch.planning.control.sites import MovableSite, Watch, weight_layers
+from backsketch.planning.control.ranks import added
+from backsketch.planning.control.sites import MovableSite, Watch, set_keeps, weight_layers
 from backsketch.planning.measure.errors import squared_distance, squared_norm
 from backsketch.planning.measure.recorder import listen, tensors_of
 from backsketch.planning.measure.replay import Recorder, Replay, replaying
@@ -39,6 +38,8 @@ from backsketch.planning.measure.rows import RowCurve
 from backsketch.regions import RegionModule, state_of
 
 __all__ = ["Measured", "Unmeasurable", "Work", "measure", "over_ranks"]
+
+_JOINT_DRAWS = 3  # of several sites together: their factor drifts, so that few measurements count
 
 
 class Unmeasurable(Exception):
@@ -78,7 +79,6 @@ def measure(
     ladder: Sequence[float],
     name: int,
     with_work: bool,
-    draws: int = 1,
 ) -> Measured:
     """Replay a recorded call: exactly in two halves, with all sites active, and with single ones.
 
@@ -91,7 +91,6 @@ def measure(
         ladder: keeps for the curves.
         name: of the draws.
         with_work: also count the arithmetic of the layers.
-        draws: of all sites together; their mean error counts.
 
     Raises:
         Unmeasurable: there is no such call, or no two halves of it.
@@ -122,13 +121,13 @@ def measure(
                 del first, second
         del outputs
         square = factor * (squared_norm(exact) - sgd) / 4
-        for site, keep in zip(sites, keeps):
-            site.set_keep(keep)
+        set_keeps(sites, keeps)
         if any(isinstance(m, RegionModule) and state_of(m).status == "pending" for m in modules):
             replay.vjp(*replay.forward())  # regions check their rows
         curves, sketched = _watched(replay, sites, ladder)
         errors = [squared_distance(sketched, exact)]
         del sketched
+        draws = _JOINT_DRAWS if len(sites) > 1 else 1
         others = [2 + len(sites) + i for i in range(draws - 1)]
         errors += [squared_distance(replay.vjp(*replay.forward(n)), exact) for n in others]
         error = math.fsum(errors) / draws
@@ -237,41 +236,19 @@ def _count(
 # --- of several processes ---------------------------------------------------------------------------
 
 
-def over_ranks(
-    measured: Measured | None, sites: int, keeps: int, layers: Sequence[str], device: torch.device
-) -> Measured | None:
-    """The sums over the ranks that could measure, and the mean of their work; the same on all.
-
-    A rank measures everything or, ``measured`` being None there, nothing: all sums are over the same ranks.
+def over_ranks(ranks: Sequence[Measured | None]) -> Measured | None:
+    """The sums over the ranks that could measure, with the work of the first.
 
     Returns:
         None where no rank could measure, a number is not finite, or SGD's own variance is zero.
     """
-    numbers = [0.0] * (4 + (4 + keeps) * sites + 2 * len(layers))
-    if measured is not None:
-        numbers = [1.0, measured.sgd, measured.square, measured.error]
-        for i in range(sites):
-            found = measured.curves.get(i, RowCurve((0.0,) * keeps, 0.0, 0))
-            numbers += [float(i in measured.isolated), measured.isolated.get(i, 0.0)]
-            numbers += [float(found.count), found.energy, *found.errors]
-        for layer in layers:
-            one = measured.work.get(layer, Work(0.0, 0))
-            numbers += [one.size, one.size * one.products]
-    _, rows = summed(numbers, device)
-    count, sgd, square, error = rows[:4]
-    if not all(map(math.isfinite, rows)) or not sgd > 0:
+    found = [m for m in ranks if m is not None]
+    isolated, curves = added(m.isolated for m in found), added(m.curves for m in found)
+    sgd, square, error = (
+        math.fsum(getattr(m, f) for m in found) for f in ("sgd", "square", "error")
+    )
+    numbers = [sgd, square, error, *isolated.values()]
+    numbers += [x for c in curves.values() for x in (c.energy, *c.errors)]
+    if not found or not all(map(math.isfinite, numbers)) or not sgd > 0:
         return None
-    rest = iter(rows[4:])
-    isolated, curves, work = {}, {}, {}
-    for i in range(sites):
-        was_isolated, isolated_error, cotangents, energy = (next(rest) for _ in range(4))
-        errors = tuple(next(rest) for _ in range(keeps))
-        if was_isolated:
-            isolated[i] = isolated_error
-        if energy > 0:
-            curves[i] = RowCurve(errors, energy, round(cotangents))
-    for layer in layers:
-        size, backward = next(rest), next(rest)
-        if size:
-            work[layer] = Work(size / count, round(backward / size))
-    return Measured(sgd, square, error, isolated, curves, work)
+    return Measured(sgd, square, error, isolated, curves, found[0].work)

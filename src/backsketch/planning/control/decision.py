@@ -12,138 +12,141 @@ from backsketch.planning.control.sites import MovableSite
 from backsketch.planning.plan.frontier import frontier
 from backsketch.theory.cost import time_to_target_ratio
 
-__all__ = ["LEAST_SAVING", "Choice", "choose_keeps", "reason_to_move"]
+__all__ = ["Refused", "Situation"]
 
-LEAST_SAVING = 0.02
-"""Of a step's cost: less is not worth a sketch or a change."""
+Keeps = tuple[float, ...]
 
+_LEAST_SAVING = 0.02  # of a step's cost: less is not worth a sketch or a change
 _QUIET = 0.01  # noise scale
 _MARGIN = 0.01
 _ROOM = 0.15  # of the target, above it: the ladder of a single site is coarse, and below would be further away
-BAND = (0.75, 1.25)
-"""Of the target, within which a change must save something."""
+_BAND = (0.75, 1.25)  # of the target, within which a change must save something
+
+
+class Refused(Exception):
+    """Why all sites are to be exact."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Keeps, what they are expected to do, and why they are exact where they are."""
+class _Choice:
+    """Keeps, and what they are expected to do."""
 
-    keeps: tuple[float, ...]
+    keeps: Keeps
     extra_variance: float
     cost: float
     rho: float
-    refusal: str = ""
 
 
-def choose_keeps(
-    estimate: Estimate,
-    costs: StepCosts,
-    sites: Sequence[MovableSite],
-    fixed: Mapping[int, str],
-    target: float | None,
-    is_exact: bool,
-) -> Choice:
-    """The keeps to use now.
+@dataclass(frozen=True)
+class Situation:
+    """What a decision goes by.
 
-    Args:
+    Attributes:
         estimate: of the extra variance at any keeps.
         costs: of a step at any keeps.
         sites: all of them.
         fixed: sites that run exactly anyway, with the reason.
         target: the most extra variance, or None for the least time to a target loss.
-        is_exact: whether nothing is sketched at present; to begin takes a little more than to go on.
+        now: the keeps in force.
+        among: the only keeps to choose from; empty where any may be used.
     """
-    beta = estimate.noise_scale
-    if reason := costs.tiny:
-        return _exact(
-            sites,
-            f"{reason}: the draws cost more than they save; use a larger batch or wider layers",
-        )
-    if len(fixed) == len(sites):
-        return _exact(sites, next(iter(fixed.values())))
-    found = list(_candidates(estimate, costs, sites, fixed, target))
-    if target is not None:
-        best = min(found, key=lambda c: (c.cost, c.extra_variance))
-    else:
-        best = min(found, key=lambda c: (c.rho, c.extra_variance))
-    most = (1.0 if target is None else 1 + _MARGIN) - _MARGIN * is_exact
-    if beta < _QUIET:
-        return _exact(
-            sites,
-            f"the noise scale is {beta:.2g}: noise hardly matters, a smaller batch is cheaper",
-        )
-    if best.cost > 1 - LEAST_SAVING:
-        limit = "" if target is None else f" within an extra variance of {target:g}"
-        return _exact(
-            sites, f"no sketch saves {LEAST_SAVING:.0%} of a step{limit}: the rows matter alike"
-        )
-    if best.rho > most:
-        return _exact(
-            sites,
-            f"sketches would take {best.rho:.2f} of the time to a target that exact training takes (noise scale "
-            f"{beta:.2g})",
-        )
-    return best
 
+    estimate: Estimate
+    costs: StepCosts
+    sites: Sequence[MovableSite]
+    fixed: Mapping[int, str]
+    target: float | None
+    now: Keeps
+    among: Sequence[Keeps] = ()
 
-def _exact(sites: Sequence[MovableSite], reason: str) -> Choice:
-    return Choice((1.0,) * len(sites), 0.0, 1.0, 1.0, reason)
+    def decide(self) -> tuple[Keeps, str]:
+        """The keeps to use, and why they are worth a change; no reason where those in force stay.
 
-
-def _candidates(
-    estimate: Estimate,
-    costs: StepCosts,
-    sites: Sequence[MovableSite],
-    fixed: Mapping[int, str],
-    target: float | None,
-) -> Iterator[Choice]:
-    """The frontier below every keep of the masks, which share one keep."""
-    limit = math.inf if target is None else (1 + _ROOM / len(sites)) * target
-    masks = [i for i, s in enumerate(sites) if s.is_mask and i not in fixed]
-    for mask_keep in estimate.ladder if masks else (1.0,):
-        used = math.fsum(estimate.variance(i, mask_keep) for i in masks) if mask_keep < 1 else 0.0
-        if used > limit:
-            continue
-        left = mask_keep ** len(masks)
-        options = []
-        for i in range(len(sites)):
-            movable = i not in fixed and i not in masks
-            keeps = [k for k in estimate.ladder if k < 1] if movable else []
-            rest = [(costs.of(sites, i, k, left), estimate.variance(i, k)) for k in keeps]
-            options.append([(0.0, 0.0), *rest])
-        below = [k for k in estimate.ladder if k < 1]
-        for picked, cost, variance in frontier(options, limit - used):
-            keeps_ = tuple(
-                mask_keep if i in masks else below[p - 1] if p else 1.0
-                for i, p in enumerate(picked)
+        Raises:
+            Refused: nothing that could be sketched pays.
+        """
+        if reason := self.costs.tiny:
+            raise Refused(
+                f"{reason}: the draws cost more than they save; use a larger batch or wider layers"
             )
-            c, v = max(1 + cost, 0.0), used + variance
-            yield Choice(keeps_, v, c, time_to_target_ratio(c, 1 + v, estimate.noise_scale))
+        if len(self.fixed) == len(self.sites):
+            raise Refused(next(iter(self.fixed.values())))
+        first = "rho" if self.target is None else "cost"
+        best = min(self._candidates(), key=lambda c: (getattr(c, first), c.extra_variance))
+        self._check(best)
+        keeps = best.keeps
+        if self.among and keeps not in self.among:
+            keeps = self._nearest(best)
+        return keeps, "" if keeps == self.now else self._reason(keeps)
 
+    def _check(self, best: _Choice) -> None:
+        """Refuse what gains nothing over exact training; to begin takes a little more than to go on."""
+        beta = self.estimate.noise_scale
+        most = (1.0 if self.target is None else 1 + _MARGIN) - _MARGIN * (min(self.now) == 1)
+        if beta < _QUIET:
+            raise Refused(
+                f"the noise scale is {beta:.2g}: noise hardly matters, a smaller batch is cheaper"
+            )
+        if best.cost > 1 - _LEAST_SAVING:
+            limit = "" if self.target is None else f" within an extra variance of {self.target:g}"
+            raise Refused(
+                f"no sketch saves {_LEAST_SAVING:.0%} of a step{limit}: the rows matter alike"
+            )
+        if best.rho > most:
+            raise Refused(
+                f"sketches would take {best.rho:.2f} of the time to a target that exact training takes (noise "
+                f"scale {beta:.2g})"
+            )
 
-def reason_to_move(
-    estimate: Estimate,
-    costs: StepCosts,
-    sites: Sequence[MovableSite],
-    now: tuple[float, ...],
-    then: tuple[float, ...],
-    target: float | None,
-) -> str:
-    """Why other keeps are worth a change; empty where they are not."""
-    if all(k == 1 for k in now):
-        return "sketches pay"
-    omega, next_omega = estimate.total(now), estimate.total(then)
-    cost, next_cost = costs.step(sites, now), costs.step(sites, then)
-    if target is None:
-        beta = estimate.noise_scale
-        before = time_to_target_ratio(cost, 1 + omega, beta)
-        after = time_to_target_ratio(next_cost, 1 + next_omega, beta)
-        if before - after >= LEAST_SAVING:
-            return f"time to a target falls from {before:.3f} to {after:.3f} of exact"
+    def _candidates(self) -> Iterator[_Choice]:
+        """The frontier below every keep of the masks, which share one keep."""
+        ladder, variance = self.estimate.ladder, self.estimate.variance
+        limit = math.inf if self.target is None else (1 + _ROOM / len(self.sites)) * self.target
+        masks = [i for i, s in enumerate(self.sites) if s.is_mask and i not in self.fixed]
+        below = [k for k in ladder if k < 1]
+        for mask_keep in ladder if masks else (1.0,):
+            used = math.fsum(variance(i, mask_keep) for i in masks) if mask_keep < 1 else 0.0
+            if used > limit:
+                continue
+            left = mask_keep ** len(masks)
+            options = []
+            for i in range(len(self.sites)):
+                keeps = [] if i in self.fixed or i in masks else below
+                rest = [(self.costs.of(self.sites, i, k, left), variance(i, k)) for k in keeps]
+                options.append([(0.0, 0.0), *rest])
+            for picked, cost, omega in frontier(options, limit - used):
+                found = [below[p - 1] if p else 1.0 for p in picked]
+                keeps = [mask_keep if i in masks else k for i, k in enumerate(found)]
+                c, v = max(1 + cost, 0.0), used + omega
+                yield _Choice(tuple(keeps), v, c, self._rho(c, v))
+
+    def _rho(self, cost: float, omega: float) -> float:
+        return time_to_target_ratio(cost, 1 + omega, self.estimate.noise_scale)
+
+    def _nearest(self, best: _Choice) -> Keeps:
+        """Where no new keeps are allowed: the cheapest of the old ones in the target, or as costly as the best."""
+        total = self.estimate.total
+        most = math.inf if self.target is None else _BAND[1] * self.target
+        fitting = [keeps for keeps in self.among if total(keeps) <= most]
+        wanted = best.cost if self.target is None else 0.0
+        if not fitting:
+            return min(self.among, key=total)
+        return min(fitting, key=lambda keeps: abs(self.costs.step(self.sites, keeps) - wanted))
+
+    def _reason(self, then: Keeps) -> str:
+        """Why other keeps are worth a change; empty where they are not."""
+        if min(self.now) == 1:
+            return "sketches pay"
+        omega, next_omega = (self.estimate.total(keeps) for keeps in (self.now, then))
+        cost, next_cost = (self.costs.step(self.sites, keeps) for keeps in (self.now, then))
+        if self.target is None:
+            before, after = self._rho(cost, omega), self._rho(next_cost, next_omega)
+            if before - after >= _LEAST_SAVING:
+                return f"time to a target falls from {before:.3f} to {after:.3f} of exact"
+            return ""
+        low, high = (f * self.target for f in _BAND)
+        if not low <= omega <= high and abs(next_omega - self.target) < abs(omega - self.target):
+            return f"extra variance {omega:.3f} left the band {low:.3g} to {high:.3g}"
+        if cost - next_cost >= _LEAST_SAVING:
+            return f"a step costs {next_cost:.3f} of exact instead of {cost:.3f}"
         return ""
-    low, high = (f * target for f in BAND)
-    if not low <= omega <= high and abs(next_omega - target) < abs(omega - target):
-        return f"extra variance {omega:.3f} left the band {low:.3g} to {high:.3g}"
-    if cost - next_cost >= LEAST_SAVING:
-        return f"a step costs {next_cost:.3f} of exact instead of {cost:.3f}"
-    return ""

@@ -36,6 +36,7 @@ _OLD = 0.25  # of the steps so far
 _KEPT, _KEPT_ISOLATED = 3, 2  # measurements that are kept however old they are
 _WINDOW, _LONGEST, _COTANGENTS = 0.06, 60, 8  # of the steps so far, steps, cotangents
 _NEAR = 5  # energies in a median
+_ISOLATED_AT_ONCE = 8
 _PRIOR = 4  # measurements that a factor of one is worth
 
 
@@ -105,6 +106,7 @@ class Estimate:
     factor: Ratio = field(default_factory=lambda: Ratio(1, _STABLE))
     square: Ratio = field(default_factory=lambda: Ratio(1, _NOISE, _NOISE))
     energies: list[list[float]] = field(default_factory=list)
+    replicas: int = 0
 
     def __post_init__(self) -> None:
         sites = range(self.num_sites)
@@ -140,7 +142,8 @@ class Estimate:
             measured: sums over all ranks.
             keeps: of all sites together; ``isolated`` of those that were measured one by one.
             isolated: see there.
-            replicas: how many such micro-batches make the gradient of an optimizer step.
+            replicas: how many such micro-batches make the gradient of an optimizer step; the fewest that were ever
+                seen count, since passes of others between two steps look like micro-batches.
             step: how many optimizer steps there were.
         """
         self.follow(measured.curves, step)
@@ -152,7 +155,16 @@ class Estimate:
         predicted = math.fsum(parts)
         # It is in the scale too: or the first keeps, whose noise is large, would outweigh all others.
         self.factor.add([measured.error], measured.sgd * predicted, scale * predicted, step)
-        self.square.add([measured.square * replicas], measured.sgd, scale, step)
+        self.replicas = min(self.replicas or replicas, replicas)
+        self.square.add([measured.square * self.replicas], measured.sgd, scale, step)
+
+    def next_isolated(self) -> list[int]:
+        """Sites to measure by themselves: new ones, a few at once, then the one that has waited longest."""
+        if self.num_sites == 1:
+            return []
+        last = [w.marks[-1][0] if w.marks else -1 for w in self.weights]
+        new = [i for i, step in enumerate(last) if step < 0]
+        return new[:_ISOLATED_AT_ONCE] or [last.index(min(last))]
 
     def _relative(self, found: RowCurve | None, keep: float) -> float:
         """The error at one keep over the energy of the cotangent."""
@@ -199,6 +211,7 @@ class Estimate:
         return {
             "windows": [[list(r.terms), list(r.marks)] for r in ratios],
             "energies": list(self.energies),
+            "replicas": self.replicas,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,4 +219,4 @@ class Estimate:
         ratios = [*self.curves, *self.weights, self.factor, self.square]
         for ratio, (terms, marks) in zip(ratios, state["windows"]):
             ratio.load(terms, marks)
-        self.energies = [list(e) for e in state["energies"]]
+        self.energies, self.replicas = [list(e) for e in state["energies"]], state["replicas"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backsketch.planning.control.ranks import gathered, own, summed
+from backsketch.planning.control.ranks import added, gathered, own
 from backsketch.planning.control.schedule import MOST_LOOKS
 from backsketch.planning.control.sites import MovableSite, Watch
 from backsketch.planning.measure.rows import RowCurve, row_curve
@@ -43,21 +43,12 @@ class Looks:
             if i not in self._watches and (keep == 1 or not site.is_region):
                 self._watches[i] = Watch(site)
 
-    def take(self, device: torch.device) -> dict[int, RowCurve]:
+    def take(self) -> dict[int, RowCurve]:
         """The curves of all that was seen, summed over the ranks; what was seen is forgotten."""
-        width = 2 + len(self._ladder)
-        rows: list[float] = []
-        for i in range(len(self._sites)):
-            found = self._seen(i)
-            rows += [found.count, found.energy, *found.errors] if found else [0.0] * width
+        seen = {i: self._seen(i) for i in range(len(self._sites))}
+        curves = added(gathered({i: c for i, c in seen.items() if c is not None}))
         self._watches.clear()
-        _, rows = summed(rows, device)
-        curves = {}
-        for i in range(len(self._sites)):
-            count, energy, *errors = rows[i * width : (i + 1) * width]
-            if math.isfinite(energy + sum(errors)):
-                curves[i] = RowCurve(tuple(errors), energy, max(round(count), 1))
-        return curves
+        return {i: c for i, c in curves.items() if math.isfinite(c.energy + sum(c.errors))}
 
     def forget(self) -> None:
         """Remove all hooks, and forget what was seen with them and without."""

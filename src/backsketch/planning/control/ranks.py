@@ -1,29 +1,22 @@
-"""Sums over the processes of a distributed training, and what each of them has."""
+"""What each process of a distributed training has, for all of them, and sums of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["gathered", "own", "summed"]
+__all__ = ["added", "gathered", "own"]
+
+T = TypeVar("T")
 
 
-def summed(numbers: Sequence[float], device: torch.device) -> tuple[int, list[float]]:
-    """How many ranks there are, and each number summed over them; the same bits on all."""
-    if not _are_several():
-        return 1, list(numbers)
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return torch.distributed.get_world_size(), total.tolist()
-
-
-def gathered(value: Any) -> list[Any]:
-    """The values of all ranks, plain data, in their order."""
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, plain data, in their order; the same on all."""
     if not _are_several():
         return [value]
-    values = [None] * torch.distributed.get_world_size()
+    values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
@@ -34,6 +27,14 @@ def own(values: Sequence[Any]) -> Any:
         return values[0] if len(values) == 1 else None
     is_same = len(values) == torch.distributed.get_world_size()
     return values[torch.distributed.get_rank()] if is_same else None
+
+
+def added(parts: Iterable[Mapping[int, Any]]) -> dict[int, Any]:
+    """The values of several mappings, those of one key summed."""
+    total: dict[int, Any] = {}
+    for part in parts:
+        total |= {key: total[key] + x if key in total else x for key, x in part.items()}
+    return total
 
 
 def _are_several() -> bool:

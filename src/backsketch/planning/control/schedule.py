@@ -13,6 +13,8 @@ __all__ = ["MOST_LOOKS", "Schedule"]
 MOST_LOOKS = 20
 """Steps between two looks at the row scores, fewer at the start."""
 
+_SAVED = ("steps", "due", "gap", "look", "retries")
+
 
 @dataclass
 class Schedule:
@@ -28,6 +30,7 @@ class Schedule:
         due: the step of the next replay.
         gap: steps between the last two.
         look: the step of the next look at row scores.
+        retries: replays in a row that showed nothing.
     """
 
     warmup: int = 0
@@ -39,6 +42,7 @@ class Schedule:
     due: int = 1
     gap: int = 1
     look: int = 0
+    retries: int = 0
     _began: float | None = field(default=None, repr=False)
     _first: int = field(default=0, repr=False)  # step at which the clock began
     _spent: float = field(default=0.0, repr=False)  # on replays since then
@@ -98,14 +102,14 @@ class Schedule:
     def retry(self) -> None:
         """Replay the next step, too: this one showed nothing."""
         self.gap, self.due = 1, self.steps + 1
+        self.retries += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; the times are those of this process and are not kept."""
-        return {"steps": self.steps, "due": self.due, "gap": self.gap, "look": self.look}
+        return {name: getattr(self, name) for name in _SAVED}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.steps, self.due, self.gap, self.look = (
-            state[k] for k in ("steps", "due", "gap", "look")
-        )
+        for name in _SAVED:
+            setattr(self, name, state[name])
         self._began, self._spent = None, 0.0

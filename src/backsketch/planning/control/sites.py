@@ -19,7 +19,7 @@ from backsketch.planning.measure.rows import RowCurve, column_scores, layer_scor
 from backsketch.regions import Mask, Region
 from backsketch.regions.rows import scores
 
-__all__ = ["MovableSite", "Watch", "movable_sites", "weight_layers"]
+__all__ = ["MovableSite", "Watch", "movable_sites", "set_keeps", "weight_layers"]
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,20 @@ class MovableSite:
 
 def movable_sites(model: nn.Module) -> list[MovableSite]:
     """The sketched modules of a model that have a keep, in the order of ``named_modules``."""
-    found = []
-    for site in sketched_sites(model):
-        keep = site.sketch.movable_keep()
-        if keep is not None:
-            found.append(MovableSite(site.name, site.module, site.sketch, keep))
-    return found
+    found = [(site, site.sketch.movable_keep()) for site in sketched_sites(model)]
+    return [MovableSite(s.name, s.module, s.sketch, keep) for s, keep in found if keep is not None]
+
+
+def set_keeps(sites: Sequence[MovableSite], keeps: Sequence[float]) -> None:
+    """Move all live sketches; nothing where there are no keeps."""
+    for site, keep in zip(sites, keeps):
+        site.set_keep(keep)
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with matrix products that backsketch knows, by name."""
-    found = {}
-    for name, module in model.named_modules():
-        adapter = adapter_of(module)
-        if adapter is not None and not adapter.for_savers:
-            found[name] = module
-    return found
+    kinds = [(name, module, adapter_of(module)) for name, module in model.named_modules()]
+    return {name: module for name, module, kind in kinds if kind and not kind.for_savers}
 
 
 class Watch:

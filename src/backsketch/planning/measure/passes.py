@@ -24,6 +24,7 @@ from backsketch.untouched import repeatable
 
 __all__ = [
     "Caught",
+    "Diverged",
     "LossFn",
     "Passes",
     "SketchedSite",
@@ -36,6 +37,10 @@ __all__ = [
 B = TypeVar("B")
 LossFn = Callable[[nn.Module, B], Tensor]
 """``loss_fn(model, batch)`` returns the scalar mean loss of a batch."""
+
+
+class Diverged(ValueError):
+    """The loss of a batch is not finite."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def checked(loss: Any, number: int) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn must return the scalar mean loss of a batch; got {loss!r}")
     if not bool(torch.isfinite(loss)):
-        raise ValueError(
+        raise Diverged(
             f"the loss of batch {number} is {float(loss.detach())}: nothing can be measured from it. Check the "
             "batch, or load weights from before the divergence"
         )

@@ -6,7 +6,7 @@ All functions leave the model, its buffers and gradients and every random stream
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from backsketch.arithmetic import product_counter
 from backsketch.memory import kept_by
 from backsketch.nn.swap import exact as exactly
-from backsketch.theory.noise import GradientSums
-from backsketch.untouched import repeatable, untouched
+from backsketch.planning.measure.errors import extra_variance as measured
+from backsketch.planning.measure.passes import Diverged, LossFn
+from backsketch.untouched import untouched
 
 __all__ = [
     "backward_flops",
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 B = TypeVar("B")
-LossFn = Callable[[nn.Module, B], Tensor]
 
 
 def backward_flops(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> int:
@@ -80,18 +80,13 @@ def extra_variance(
     """
     if len(batches) < 2:
         raise ValueError(f"the variance over batches needs two batches, got {len(batches)}")
-    error, sums = 0.0, GradientSums()
-    with untouched(model, training=True):
-        for number, batch in enumerate(batches):
-            with exactly(model):
-                exact = _gradient(model, batch, loss_fn, number)
-            sums.add([exact])
-            for _ in range(draws):
-                sketched = _gradient(model, batch, loss_fn, number)
-                error += float((sketched - exact).square().sum())
-    variance = sums.sgd_variance
-    ratio = error / (len(batches) * draws) / variance if variance > 0 else math.nan
-    return ratio if math.isfinite(ratio) else None
+    try:
+        with untouched(model):
+            found = measured(model, batches, loss_fn, draws)
+    except Diverged:
+        return None
+    varies = found.sums.sgd_variance > 0
+    return found.omega if varies and math.isfinite(found.omega) else None
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -99,13 +94,6 @@ def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
-
-
-def _gradient(model: nn.Module, batch: B, loss_fn: LossFn[B], seed: int) -> Tensor:
-    """The whole gradient as one float64 vector; the same seed draws the same dropout."""
-    with repeatable(model, seed):
-        grads = _gradients(model, loss_fn(model, batch))
-    return torch.cat([g.flatten().double() for g in grads])
 
 
 def warm(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> None:
