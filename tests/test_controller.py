@@ -195,9 +195,9 @@ def test_the_frontier_is_the_best_that_each_variance_allows():
 def test_early_replays_do_not_outweigh_late_ones_and_go():
     estimate = Estimate((1.0, 0.5), 2, expects_one=False)
 
-    def replay(step, growth, spread_of):
-        found = {s: RowCurve((0.0, spread_of), 1.0) for s in range(2)}
-        error = growth * 2 * spread_of  # the weight of a site that was never alone is one
+    def replay(step, growth, error_of):
+        found = {s: RowCurve((0.0, error_of), 1.0) for s in range(2)}
+        error = growth * 2 * error_of  # the weight of a site that was never alone is one
         parts = calibration.Measured(1.0, 1.0, error, {}, found, {})
         estimate.update(parts, (0.5, 0.5), {}, 1, step)
 
@@ -246,10 +246,10 @@ def test_halves_that_are_off_by_a_factor_of_two_are_noticed(digits, monkeypatch)
 
 def test_ranks_that_cannot_measure_leave_the_sums_and_the_work_as_they_are():
     work = {"0": calibration.Work(10.0, 1), "2": calibration.Work(30.0, 2)}
-    spreads = {0: RowCurve((0.0, 0.5), 2.0), 2: RowCurve((0.0, 0.25), 1.0, 3)}
-    found = calibration.Measured(1.0, 2.0, 0.5, {0: 4.0, 2: 0.0}, spreads, work)
+    curves = {0: RowCurve((0.0, 0.5), 2.0), 2: RowCurve((0.0, 0.25), 1.0, 3)}
+    found = calibration.Measured(1.0, 2.0, 0.5, {0: 4.0, 2: 0.0}, curves, work)
     double = calibration.Measured(
-        2.0, 4.0, 1.0, {0: 8.0, 2: 0.0}, {i: s + s for i, s in spreads.items()}, work
+        2.0, 4.0, 1.0, {0: 8.0, 2: 0.0}, {i: s + s for i, s in curves.items()}, work
     )
 
     for ranks, total in [
@@ -382,7 +382,7 @@ def test_warm_up_and_finish_are_exact(digits):
 def test_a_resumed_run_takes_the_time_of_a_step_from_its_own_steps():
     """A replay of 10 s after nine steps of 20 s in all: the next one in 450 steps, at 1 % of the time."""
     schedule = Schedule(clock=lambda: 0.0)
-    schedule.load_state_dict({"steps": 10_000, "due": 10_009, "gap": 1000, "look": 10_020})
+    schedule.load_state_dict({"steps": 10_000, "due": 10_009, "gap": 1000, "look": 10_020, "retries": 0})
     for _ in range(9):
         assert schedule.replays_next == (schedule.steps == 10_008)
         schedule.step()
@@ -407,7 +407,7 @@ def test_a_run_that_was_interrupted_between_two_looks_goes_on_as_if_it_was_not(
         bs.sketch_(model, rules)
         return model, bs.Controller(model, 0.1, interval=50)
 
-    train(made()[0], digits, 1)  # the first region of its kind proves itself, in an exact pass
+    train(made()[0], digits, 1)  # the first region of its kind checks its rows, in an exact pass
     whole, never_saved = made()
     train(whole, digits, 135, never_saved)
     model, control = made()

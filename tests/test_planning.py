@@ -131,7 +131,7 @@ def test_the_noise_put_in_by_hand_is_that_of_the_sketched_model(vit):
     bs.sketch_(vit, {s.name: bs.Region(keep=0.5, row_dims=s.row_dims) for s in sites})
     try:
         with passes(vit, loss_fn) as run:
-            run.gradient(batch, 0, [0, 1, 2, 3])  # regions prove themselves
+            run.gradient(batch, 0, [0, 1, 2, 3])  # regions check their rows
             for i, name in enumerate(names):
                 noisy = run.gradient(batch, 0, [i])
                 error = sum(float((a - b).square().sum()) for a, b in zip(noisy, exact))

@@ -135,7 +135,7 @@ def test_rows_with_zero_score_are_never_drawn_while_others_remain():
         assert set(draw(scores, 2, next_seed(scores)).indices.tolist()) <= {1, 3, 4}
 
 
-WAYS = {"compiled": {}, "few": {"native": None}, "operators": {"native": None, "_FEW": 0}}
+WAYS = {"compiled": {}, "few": {"native": None}, "operators": {"native": None, "_IN_PYTHON": 0}}
 
 
 def drawn_each_way(scores, k, seed, floor=0.0):
@@ -145,8 +145,8 @@ def drawn_each_way(scores, k, seed, floor=0.0):
         with pytest.MonkeyPatch.context() as patch:
             if "native" in changes:
                 patch.setattr(native, "draw", lambda *_: None)
-            if "_FEW" in changes:
-                patch.setattr(operators, "_FEW", 0)
+            if "_IN_PYTHON" in changes:
+                patch.setattr(operators, "_IN_PYTHON", 0)
             found[name] = draw(scores, k, seed, 3, floor=floor)
     return found
 

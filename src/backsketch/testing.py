@@ -26,7 +26,7 @@ __all__ = ["Moments", "UnbiasedReport", "check_unbiased", "gradient_moments"]
 
 _LEVEL = 1e-6
 _NUM_DIRECTIONS = 8
-_FEW = 40.0
+_RARE = 40.0
 _RELATIVE_ROUNDING = 1e-5
 _ROUNDING_OF_OTHERS = 1e-7
 
@@ -312,11 +312,11 @@ def _allowance(m: Moments, threshold: float) -> Tensor:
     effective = m.second.square() / m.fourth.clamp(min=1e-300)
     rare = threshold**2 * m.largest / m.draws
     mean = m.first / m.draws
-    spread = m.second / m.draws - mean.square()
-    is_random = spread.sum() > 1e-10 * mean.square().sum()
-    never_missed = (spread <= 1e-10 * mean.square()) & is_random
+    variance = m.second / m.draws - mean.square()
+    is_random = variance.sum() > 1e-10 * mean.square().sum()
+    never_missed = (variance <= 1e-10 * mean.square()) & is_random
     vanishing = threshold**2 * m.mean.abs() / m.draws
-    return torch.where(effective < _FEW, rare, torch.where(never_missed, vanishing, 0.0))
+    return torch.where(effective < _RARE, rare, torch.where(never_missed, vanishing, 0.0))
 
 
 def _z(m: Moments) -> Tensor:
@@ -348,7 +348,7 @@ def _check_directions(name: str, m: Moments, threshold: float) -> None:
     mean, error = along.mean(0), along.std(0) / math.sqrt(m.draws)
     scale = m.directions.abs().sum(1) * m.rounding
     # Directions have no rare events of their own, but inherit those of the entries.
-    heavy = along.square().sum(0).square() / along.pow(4).sum(0).clamp(min=1e-300) < _FEW
+    heavy = along.square().sum(0).square() / along.pow(4).sum(0).clamp(min=1e-300) < _RARE
     rare = torch.where(heavy, threshold**2 * along.abs().amax(0) / m.draws, 0.0)
     out = ~(mean.abs() <= threshold * error + scale + rare)
     if bool(out.any()):

@@ -1,4 +1,4 @@
-"""The ``backsketch profile`` command: the bill of sketches for a reference model, and the plan."""
+"""The ``backsketch profile`` command: what sketches cost for a reference model, and the plan."""
 
 from __future__ import annotations
 

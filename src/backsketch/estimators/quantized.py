@@ -93,6 +93,6 @@ class Quantized(Estimator):
 
     def weight_variance(self, op: Bilinear, cotangent: Tensor, x: Tensor) -> Tensor:
         step, levels = units(x, self.rounding())
-        spread = variance.quantized(step, levels - levels.floor())
-        per_entry = op.rows(spread.view(x.shape))
+        rounding = variance.quantized(step, levels - levels.floor())
+        per_entry = op.rows(rounding.view(x.shape))
         return op.weight_vjp(cotangent.double().square(), per_entry).sum()

@@ -167,7 +167,7 @@ def _quantized(
 def rounded_slowly(x: Tensor, seed: Tensor, bits: int, size: int, stream: int = 0) -> Tensor:
     """Stochastic rounding entry by entry, in Python's own integers and numbers."""
     flat, top, key = x.flatten().tolist(), 2**bits - 1, key_of(seed, stream)
-    restored = []
+    decoded = []
     for number in range(0, len(flat), size):
         group = flat[number : number + size]
         low, extent = min(group), max(group) - min(group)
@@ -176,8 +176,8 @@ def rounded_slowly(x: Tensor, seed: Tensor, bits: int, size: int, stream: int = 
             word = _hash(number // size * (size // 2) + j, *key)
             random = word >> 16 if half else word & 0xFFFF
             units = math.floor((value - low) * (top * 65536 / extent) + 0.5) if extent else 0
-            restored.append(low + extent / top * ((units + random) >> 16))
-    return torch.tensor(restored, dtype=x.dtype).view(x.shape)
+            decoded.append(low + extent / top * ((units + random) >> 16))
+    return torch.tensor(decoded, dtype=x.dtype).view(x.shape)
 
 
 def _hash(counter: int, first: int, second: int) -> int:

@@ -23,7 +23,7 @@ __all__ = [
     "uniform_like",
 ]
 
-_FEW = 64  # rows on the CPU up to which plain numbers are faster than operators
+_IN_PYTHON = 64  # rows on the CPU up to which plain numbers are faster than operators
 
 
 class Sample(NamedTuple):
@@ -101,7 +101,7 @@ def _drawn(
         u = unit(seed, stream)
         if (drawn := native.draw(scores, k, u, floor)) is not None:
             return drawn
-        if scores.shape[0] <= _FEW:
+        if scores.shape[0] <= _IN_PYTHON:
             chosen, weights = few(scores.tolist(), k, u, floor)
             return torch.tensor(chosen), torch.tensor(weights, dtype=scores.dtype)
     pi = inclusion_probabilities(scores, k, floor)

@@ -96,7 +96,7 @@ def variance(
 
 
 def _settle(run: Passes, batches: Sequence[Any]) -> dict[str, str]:
-    """Let regions prove themselves, which they do on their first batches; what stays exact, and why."""
+    """Let regions check their rows, as they do on their first batches; what stays exact, and why."""
     regions = [site for site in run.sites if has_region(site)]
     everything = [site.index for site in run.sites]
     for number in range(2 if regions else 0):
@@ -252,12 +252,12 @@ class _Tally:
             now, noisy = self.run.observed(batch, number, active, draw)
             tally.joint.add(now, before)
             before = now
-            alone = noisy
+            isolated = noisy
             if len(active) > 1:
-                now, alone = self.run.observed(batch, number, active[-1:], draw)
+                now, isolated = self.run.observed(batch, number, active[-1:], draw)
             tally.isolated.add(now, exact)
             index = tally.site.index
-            tally.inject(self.run, (number, draw), seen[index], alone[index])
+            tally.inject(self.run, (number, draw), seen[index], isolated[index])
         self.total.add(before, exact)
         for tally in self.tallies:
             _second_moments(tally, seen, noisy)

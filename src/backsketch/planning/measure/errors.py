@@ -72,7 +72,7 @@ def extra_variance(
     found = ExtraVariance()
     with passes(model, loss_fn) as run:
         everything = [site.index for site in run.sites]
-        run.gradient(batches[0], 0, everything)  # regions prove themselves
+        run.gradient(batches[0], 0, everything)  # regions check their rows
         for number, batch in enumerate(batches):
             exact = run.gradient(batch, number)
             found.add(exact, (run.gradient(batch, number, everything, i) for i in range(draws)))

@@ -1,4 +1,4 @@
-"""The picture of a profile: time saved against extra variance, place by place, and what a plan chose."""
+"""The picture of a profile: time saved against extra variance, site by site, and what a plan chose."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _point(axes: Axes, profile: ProfileData, option: Option) -> None:
 def _break_even(
     axes: Axes, profile: ProfileData, across: tuple[float, float], along: tuple[float, float]
 ) -> None:
-    """Below this line a sketch alone shortens the time to a target."""
+    """Below this line a sketch by itself shortens the time to a target."""
     beta = profile.noise_scale
     weight = 1.0 if math.isinf(beta) else beta / (1 + beta)
     low, high = across

@@ -1,7 +1,7 @@
 """Where sketches can be put: found by looking at one pass, not at class names.
 
 A *residual branch* is a module whose output goes straight into an addition; sketching it leaves the identity
-path exact. Rows of a branch are tokens if a region over tokens proves itself, else samples, else the
+path exact. Rows of a branch are tokens if a region over tokens passes its check, else samples, else the
 branch is no region. Layers outside of branches are sites of their own. Sites of one class and size are *alike*:
 the first stands for the others wherever that is enough.
 """
@@ -59,21 +59,21 @@ def find_sites(model: nn.Module, batch: Any, loss_fn: LossFn[Any]) -> list[Site]
                 Site("", "model", 1, _layers(model, ""), "")
             ]  # a plain chain is best sketched as one
         inside = {n for b in branches for n, _ in model.named_modules() if is_inside(n, b)}
-        alone = [
+        single = [
             name
             for name, module in model.named_modules()
             if name not in inside and adapter_of(module) and _is_worth_it(module)
         ]
-        chosen = {name for name in (*branches, *alone) if calls[name]}
-        return _described(model, [n for n, _ in model.named_modules() if n in chosen], alone, calls)
+        chosen = {name for name in (*branches, *single) if calls[name]}
+        return _described(model, [n for n, _ in model.named_modules() if n in chosen], single, calls)
 
 
-def _described(model: nn.Module, names: list[str], alone: list[str], calls: Calls) -> list[Site]:
+def _described(model: nn.Module, names: list[str], single: list[str], calls: Calls) -> list[Site]:
     first: dict[Any, str] = {}
     dims: dict[str, int | None] = {}
     sites = []
     for name in names:
-        layer = name in alone
+        layer = name in single
         like = first.setdefault(_sizes(model.get_submodule(name), calls[name][0]), name)
         if like == name:
             dims[name] = None if layer else _row_dims(model, name, calls[name][0])
@@ -161,7 +161,7 @@ def _reached(root: Any) -> list[Any]:
 
 
 def _row_dims(model: nn.Module, name: str, call: Call) -> int | None:
-    """The most leading dimensions whose rows a region over a module keeps apart; it proves itself."""
+    """The most leading dimensions whose rows a region over a module keeps apart, by its own check."""
     module = model.get_submodule(name)
     for dims in (2, 1) if name else (1,):
         if not _seem_apart(module, call, dims - 1):
@@ -181,7 +181,7 @@ def _row_dims(model: nn.Module, name: str, call: Call) -> int | None:
 
 @torch.no_grad()
 def _seem_apart(module: nn.Module, call: Call, axis: int) -> bool:
-    """Whether a change of the first row along an axis leaves the other rows of the output alone."""
+    """Whether a change of the first row along an axis leaves the other rows of the output as they were."""
     if not call.tensors or call.tensors[0].ndim <= axis + 1 or not call.edges:
         return False
     size = call.tensors[0].shape[axis]

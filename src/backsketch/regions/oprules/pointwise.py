@@ -1,4 +1,4 @@
-"""Operators that compute each entry from the entries at its place, with broadcasting."""
+"""Operators that compute each entry from the entries at its index, with broadcasting."""
 
 from __future__ import annotations
 
