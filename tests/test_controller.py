@@ -382,7 +382,9 @@ def test_warm_up_and_finish_are_exact(digits):
 def test_a_resumed_run_takes_the_time_of_a_step_from_its_own_steps():
     """A replay of 10 s after nine steps of 20 s in all: the next one in 450 steps, at 1 % of the time."""
     schedule = Schedule(clock=lambda: 0.0)
-    schedule.load_state_dict({"steps": 10_000, "due": 10_009, "gap": 1000, "look": 10_020, "retries": 0})
+    schedule.load_state_dict(
+        {"steps": 10_000, "due": 10_009, "gap": 1000, "look": 10_020, "retries": 0}
+    )
     for _ in range(9):
         assert schedule.replays_next == (schedule.steps == 10_008)
         schedule.step()

@@ -156,7 +156,7 @@ def test_all_ranks_hold_the_same_plan(ranks):
     mine, other = (rank["controlled"] for rank in ranks)
     assert mine == other
     assert mine["log"]
-    assert mine["replicas"] == 2
+    assert mine["estimate"]["replicas"] == 2
     assert mine["traces"][0] != mine["traces"][1]
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from itertools import cycle
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_text_round_trip(sketch: bs.Estimator) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_forward_is_bit_identical(mode: str, dropout: float) -> None:
-    model, x = ViT(16, dropout=dropout), torch.randn(6, 1, 8, 8)
+    model, x = ViT(8, depth=1, dropout=dropout), torch.randn(6, 1, 8, 8)
     torch.manual_seed(1)
     expected = model(x)
     make_region(model, {"": Region(0.5, mode=mode)})
@@ -154,16 +155,21 @@ def test_dropout_masks_replay_for_the_kept_rows(
     torch.testing.assert_close(g.view(20, 8)[sample.indices], kept, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fast_cases("p0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("p", [0.1, 0.2, 0.3, 0.9])
-def test_recomputed_values_are_those_of_the_forward_pass(p: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("p", [(0.1, 0.2, 0.3, 0.9), (0.1,), (0.2,), (0.3,), (0.9,)])
+def test_recomputed_values_are_those_of_the_forward_pass(
+    p: tuple[float, ...], dtype: torch.dtype
+) -> None:
     """The first backward pass of a region recomputes all rows: its gradients are exact, bit for bit."""
 
     class Own(nn.Sequential):
         """No other test has captured it."""
 
     kinds = [nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Tanh, nn.ReLU, nn.Softplus]
-    layers = [m for kind in kinds for m in (nn.Linear(32, 32), nn.Dropout(p), kind())]
+    layers = [
+        m for kind, q in zip(kinds, cycle(p)) for m in (nn.Linear(32, 32), nn.Dropout(q), kind())
+    ]
     model, x = Own(*layers, nn.Linear(32, 8)), torch.randn(64, 32)
 
     def found() -> dict[str, Tensor]:
@@ -532,7 +538,7 @@ def test_outputs_that_share_memory_are_copied_and_unbiased(kind: type[nn.Module]
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected))
         sum(y.square().sum() for y in outputs).backward()
     assert [s.status for s in states.values()] == ["active"]
-    bs.testing.check_unbiased(model, torch.randn(12, 4), draws=600)
+    bs.testing.check_unbiased(model, torch.randn(12, 4), draws=300)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from backsketch.planning.control.arguments import called_module, check
-from backsketch.planning.control.calibration import Unmeasurable, measure, over_ranks
+from backsketch.planning.control.calibration import Measured, Unmeasurable, measure, over_ranks
 from backsketch.planning.control.costs import StepCosts
 from backsketch.planning.control.decision import Refused, Situation
 from backsketch.planning.control.estimate import Estimate
@@ -222,45 +222,44 @@ class Controller:
 
     def _replay(self, recorder: Recorder) -> None:
         """Measure a recorded step, take the other ranks' measurements into account, and decide."""
-        schedule, estimate, sites = self._schedule, self._estimate, self._sites
+        schedule, estimate = self._schedule, self._estimate
         start = schedule.clock()
         self._recorder = None
         recorder.close()
         self._look()
         # The plan in force is what has to be right; where that is exact, what it would be otherwise.
-        base = tuple(s.keep for s in sites)
+        base = tuple(s.keep for s in self._sites)
         probe = base if self._keeps == self._exact else self._keeps
         isolated = {i: base[i] if probe[i] == 1 else probe[i] for i in estimate.next_isolated()}
-        measured, reason = None, "a gradient was not finite, or SGD's own variance is zero"
-        try:
-            measured = measure(
-                self._model,
-                recorder,
-                sites,
-                probe,
-                isolated,
-                estimate.ladder,
-                schedule.steps,
-                not self._costs,
-            )
-        except Unmeasurable as problem:
-            reason = str(problem)
-        finally:
-            set_keeps(sites, self._keeps)
-            self._looks.forget()
+        measured, reason = self._measure(recorder, probe, isolated)
         seconds = schedule.clock() - start, schedule.seconds_per_step(start)
         found, counts, used, per_step = zip(*gathered((measured, recorder.count, *seconds)))
         schedule.replayed(fmean(used), fmean(per_step))
         total = over_ranks(found)
         if total is not None:
             schedule.retries = 0
-            self._costs = self._costs or StepCosts.from_work(total.work, sites)
+            self._costs = self._costs or StepCosts.from_work(total.work, self._sites)
             estimate.update(total, probe, isolated, max(sum(counts), 1), schedule.steps)
             self._decide()
         elif not estimate.is_known:
             schedule.retry()
             if schedule.retries >= _ATTEMPTS:
                 self._refuse(f"nothing can be measured: {reason}")
+
+    def _measure(
+        self, recorder: Recorder, keeps: Sequence[float], isolated: Mapping[int, float]
+    ) -> tuple[Measured | None, str]:
+        """What a replay shows, or why it shows nothing; the sites are as before afterwards."""
+        model, sites, ladder = self._model, self._sites, self._estimate.ladder
+        name, with_work = self._schedule.steps, self._costs is None
+        try:
+            found = measure(model, recorder, sites, keeps, isolated, ladder, name, with_work)
+            return found, "a gradient was not finite, or SGD's own variance is zero"
+        except Unmeasurable as problem:
+            return None, str(problem)
+        finally:
+            set_keeps(sites, self._keeps)
+            self._looks.forget()
 
     def _decide(self) -> None:
         if self._schedule.is_exact_phase or self._costs is None or not self._estimate.is_known:

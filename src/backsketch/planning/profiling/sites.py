@@ -65,7 +65,9 @@ def find_sites(model: nn.Module, batch: Any, loss_fn: LossFn[Any]) -> list[Site]
             if name not in inside and adapter_of(module) and _is_worth_it(module)
         ]
         chosen = {name for name in (*branches, *single) if calls[name]}
-        return _described(model, [n for n, _ in model.named_modules() if n in chosen], single, calls)
+        return _described(
+            model, [n for n, _ in model.named_modules() if n in chosen], single, calls
+        )
 
 
 def _described(model: nn.Module, names: list[str], single: list[str], calls: Calls) -> list[Site]:
