@@ -81,7 +81,7 @@ def test_agrees_with_its_slow_twin_draw_by_draw(estimator, layer: Layer):
             torch.testing.assert_close(a.view_as(b), b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
-@pytest.mark.fast_cases("linear(12,)", "g2")
+@pytest.mark.fast_cases("linear(12,)", *[f"{e}-{LAYERS[4]}" for e in FAMILIES])
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[2], LAYERS[4], LAYERS[6]], ids=str)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 def test_is_unbiased(estimator, layer: Layer):
