@@ -19,10 +19,10 @@ demo: $(STAMP)  ## train an MLP on digits, exact and sketched side by side
 	$(BIN)/backsketch train
 
 test: $(STAMP)  ## everything that the README promises
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(STAMP)  ## with the slow statistical tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
 	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 3 --out results/faults/faults.json

@@ -124,6 +124,7 @@ def worker(rank: int, store: str, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow  # tests/test_distributed.py has a region in two processes in `make test`
 def test_data_parallel(tmp_path: Path) -> None:
     """Hooks fire, ranks agree on the averaged gradient, and draw rows of their own."""
     mp.spawn(worker, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)

@@ -606,6 +606,7 @@ class TestAuto:
         )
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_exact_model_as_one(tmp_path):
     options = ["--epochs=2", "--batch-size=64", "--widths=16", "--device=cpu", "--compare"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
