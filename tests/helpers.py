@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import backsketch as bs
+from backsketch.theory.noise import GradientSums
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # --------------------------------------------------------------------------------------------------
@@ -83,6 +86,24 @@ def named_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Gradients of a loss by the name of the parameter."""
     names, params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
     return dict(zip(names, torch.autograd.grad(loss, params)))
+
+
+def monte_carlo(
+    model: nn.Module,
+    batches: list[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    draws: int = 3,
+) -> tuple[float, float]:
+    """Extra variance and noise scale from ordinary training passes, by none of the means that planning has."""
+    parameters, sums, error = list(model.parameters()), GradientSums(), 0.0
+    for batch in batches:
+        with bs.exact(model):
+            exact = torch.autograd.grad(loss_fn(model, batch), parameters)
+        sums.add(exact)
+        for _ in range(draws):
+            noisy = torch.autograd.grad(loss_fn(model, batch), parameters)
+            error += sum(float((a - b).square().sum()) for a, b in zip(noisy, exact)) / draws
+    return error / len(batches) / sums.sgd_variance, sums.noise_scale
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -30,6 +30,7 @@ from backsketch.planning.profiling.families import FINE_LADDER
 from backsketch.planning.profiling.records import Option, SiteProfile
 from backsketch.theory.noise import GradientSums
 from backsketch.theory.variance import minimal_sampling
+from helpers import monte_carlo
 
 SIZE = 64
 
@@ -73,19 +74,6 @@ def train(model, data, steps, control=None, *, first=0, lr=0.05, parts=1, moment
             control.step()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def monte_carlo(model, batches, draws=3):
-    """Extra variance and noise scale, by none of the means that the controller has."""
-    parameters, sums, error = list(model.parameters()), GradientSums(), 0.0
-    for batch in batches:
-        with bs.exact(model):
-            exact = torch.autograd.grad(loss_of(model, batch), parameters)
-        sums.add(exact)
-        for _ in range(draws):
-            noisy = torch.autograd.grad(loss_of(model, batch), parameters)
-            error += sum(float((a - b).square().sum()) for a, b in zip(noisy, exact)) / draws
-    return error / len(batches) / sums.sgd_variance, sums.noise_scale
 
 
 # --- the parts --------------------------------------------------------------------------------------
@@ -273,7 +261,7 @@ def check_estimate(data, rules):
     train(model, data, 100)
     control = bs.Controller(model, 0.1, interval=4)
     train(model, data, 360, control, first=100, lr=0.0)
-    omega, beta = monte_carlo(model, drawn(data, 10_000, 60))
+    omega, beta = monte_carlo(model, drawn(data, 10_000, 60), loss_of)
     assert control.extra_variance == pytest.approx(omega, rel=0.35)
     assert control.noise_scale == pytest.approx(beta, rel=0.5)
     assert 0.05 <= omega <= 0.15
@@ -288,7 +276,7 @@ def check_held(data, rules, target=0.1):
     with bs.Controller(model, target, interval=30) as control:
         for first, last in itertools.pairwise((0, *at)):
             train(model, data, last - first, control, first=first)
-            omega, _ = monte_carlo(model, drawn(data, 10_000 + last, 24), 2)
+            omega, _ = monte_carlo(model, drawn(data, 10_000 + last, 24), loss_of, 2)
             found.append((control.extra_variance, omega, *control.keeps.values()))
     assert sum(0.4 * target <= omega <= 1.5 * target for _, omega, *_ in found) >= 3, found
     assert len(control.log) >= 2

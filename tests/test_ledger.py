@@ -15,7 +15,7 @@ import backsketch as bs
 from backsketch import sampling
 from backsketch.models import build
 from backsketch.planning.measure.passes import passes
-from backsketch.planning.measure.step import extra_variance
+from helpers import monte_carlo
 
 
 class Residual(nn.Module):
@@ -75,7 +75,7 @@ def test_the_joint_column_adds_up_to_the_total(network, rules):
     assert abs(ledger.cross) <= 4 * ledger.cross_error + 1e-6 * ledger.total
     # And the total is what training sees: other draws, from the ordinary stream.
     sgd = ledger.sgd_variance
-    ordinary = extra_variance(model, data, loss_fn, draws=60)
+    ordinary, _ = monte_carlo(model, data, loss_fn, draws=60)
     error = 1.3 * ledger.total_error / sgd  # of both together
     assert abs(ordinary - ledger.extra_variance) < 4 * error
 
@@ -186,7 +186,7 @@ def test_v_is_predicted_within_15_percent(name, shape, sketch):
     assert omega == pytest.approx(ledger.extra_variance, rel=0.15)
 
 
-def test_regions_and_masks_are_sites_and_prove_themselves_first():
+def test_regions_and_masks_are_sites_and_checked_first():
     model = residual()
     rules = {
         "": bs.Mask(keep=0.7),
