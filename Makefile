@@ -18,10 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train an MLP on digits, exact and sketched side by side
 	$(BIN)/backsketch train
 
-test: $(STAMP)  ## everything that the README promises
+test: $(STAMP)  ## all tests but the slow cases
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: $(STAMP)  ## with the slow statistical tests
+test-all: $(STAMP)  ## with the slow cases
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
