@@ -28,7 +28,7 @@ ignore_compiler_warnings = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",
 )
 TWO_BITS = bs.Quantized(bits=2, group_size=8)
-DRAWS = 150  # through a whole block; a wrong rounding is noticed at that number, below
+DRAWS = 100  # through a whole block; a wrong rounding is noticed at that number, below
 
 
 def vjp(module: nn.Module, x: Tensor, cotangent: Tensor | None = None) -> list[Tensor]:
@@ -72,7 +72,7 @@ def test_piecewise_linear_functions_are_exact_in_one_bit(name, sketch):
 @pytest.mark.parametrize("name", ROUNDED)
 def test_the_gradient_is_unbiased(name):
     _, other, x = sketched(name)
-    bs.testing.check_unbiased(other, x, draws=500)
+    bs.testing.check_unbiased(other, x, draws=250)
 
 
 @pytest.mark.fast_cases("gelu")
@@ -415,7 +415,7 @@ def test_the_other_kinds_compile_in_one_graph(name):
     for before, after in zip(module.buffers(), other.buffers()):
         torch.testing.assert_close(before, after)
     reference = Called(copy.deepcopy(module))
-    bs.testing.check_unbiased(Called(other, call), x, draws=200, reference=reference)
+    bs.testing.check_unbiased(Called(other, call), x, draws=100, reference=reference)
     torch._dynamo.reset()
 
 

@@ -106,7 +106,7 @@ def check(model: nn.Module, call: Callable[..., Any] | None, x: Tensor, draws: i
 def test_compiled_gradients_are_unbiased_in_one_graph_without_recompiling(estimator):
     model = Net(4, 6)
     bs.sketch_(model, estimator)
-    check(model, compiled(model, INDUCTOR), images(), draws=200)
+    check(model, compiled(model, INDUCTOR), images(), draws=100)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
@@ -118,7 +118,7 @@ def test_a_mutation_of_each_kind_is_noticed_through_the_compiler(estimator, monk
     bs.sketch_(model, estimator)
     mutation_of(estimator)(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        check(model, compiled(model), images(), draws=200)
+        check(model, compiled(model), images(), draws=100)
 
 
 @pytest.mark.fast_cases("projection:keep=0.5")
@@ -126,7 +126,7 @@ def test_a_mutation_of_each_kind_is_noticed_through_the_compiler(estimator, monk
 def test_layers_that_share_an_input_are_unbiased_compiled(estimator):
     model = Blocks()
     bs.sketch_(model, estimator)
-    check(model, compiled(model), torch.randn(10, 6), draws=200)
+    check(model, compiled(model), torch.randn(10, 6), draws=100)
 
 
 def test_a_draw_that_is_redone_in_the_compiled_backward_is_noticed(monkeypatch):
@@ -134,7 +134,7 @@ def test_a_draw_that_is_redone_in_the_compiled_backward_is_noticed(monkeypatch):
     bs.sketch_(model, bs.Projection(keep=0.5))
     redraw_the_signs(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        check(model, compiled(model), torch.randn(10, 6), draws=200)
+        check(model, compiled(model), torch.randn(10, 6), draws=100)
 
 
 def test_compiled_forward_values_are_those_of_the_unconverted_model():
@@ -228,7 +228,7 @@ def test_two_models_of_one_class_compile_with_different_settings():
         model = Blocks()
         rules = {"*.q": bs.Rows(keep=keep), "*.k": bs.Rows(keep=keep / 2)}
         bs.sketch_(model, {**rules, "": bs.StoredRows(keep=keep)})
-        check(model, compiled(model), x, draws=80)
+        check(model, compiled(model), x, draws=60)
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_batch_sizes_may_change_with_the_default_backend():
     bs.sketch_(model, {"0": bs.StoredRows(keep=0.4), "2": bs.Rows(keep=0.4)})
     call = compiled(model, INDUCTOR, dynamic=True)
     call(torch.randn(12, 6).requires_grad_()).sum().backward()
-    check(model, call, torch.randn(9, 6), draws=400)
+    check(model, call, torch.randn(9, 6), draws=200)
 
 
 @pytest.mark.fast_cases(PARTITIONED)
@@ -338,14 +338,14 @@ def test_checkpointed_gradients_are_unbiased_in_eager(kind, estimator):
 def test_checkpointed_gradients_are_unbiased_compiled(kind, estimator):
     model = Blocks(kind)
     bs.sketch_(model, estimator)
-    check(model, compiled(model), torch.randn(10, 6), draws=150)
+    check(model, compiled(model), torch.randn(10, 6), draws=100)
     assert not counters["graph_break"]
 
 
 def test_checkpointed_gradients_are_unbiased_with_the_default_backend():
     model = Blocks("not reentrant")
     bs.sketch_(model, {"*.q": bs.Projection(keep=0.5), "": bs.StoredRows(keep=0.5)})
-    check(model, compiled(model, INDUCTOR), torch.randn(10, 6), draws=150)
+    check(model, compiled(model, INDUCTOR), torch.randn(10, 6), draws=100)
 
 
 @pytest.mark.fast_cases("around both")
@@ -357,7 +357,7 @@ def test_under_a_checkpoint_too_a_mutation_is_noticed(kind, call, monkeypatch):
     drop_the_weights(monkeypatch)
     redraw_the_signs(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        check(model, call(model), torch.randn(10, 6), draws=150)
+        check(model, call(model), torch.randn(10, 6), draws=100)
 
 
 @pytest.mark.fast_cases("0.4-projection:keep=0.5")
@@ -367,7 +367,7 @@ def test_a_budget_that_makes_the_compiler_recompute_leaves_gradients_unbiased(bu
     model = Blocks()
     bs.sketch_(model, estimator)
     with torch._functorch.config.patch(activation_memory_budget=budget):
-        check(model, compiled(model), torch.randn(10, 6), draws=200)
+        check(model, compiled(model), torch.randn(10, 6), draws=100)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def check_low_precision(model: nn.Module, call: Callable[..., Any], x: Tensor, d
 def test_autocast_gradients_are_unbiased_in_eager(estimator):
     model = Net(4, 6)
     bs.sketch_(model, estimator)
-    check_low_precision(model, autocast(model), images(), draws=250)
+    check_low_precision(model, autocast(model), images(), draws=125)
 
 
 @pytest.mark.fast_cases("projection:keep=0.5")
@@ -428,7 +428,7 @@ def test_autocast_gradients_are_unbiased_compiled(estimator):
     model = Net(4, 6)
     bs.sketch_(model, estimator)
     call = torch.compile(autocast(model), fullgraph=True, backend=PARTITIONED)
-    check_low_precision(model, call, images(), draws=250)
+    check_low_precision(model, call, images(), draws=125)
 
 
 @pytest.mark.slow
@@ -446,7 +446,7 @@ def test_in_autocast_a_mutation_is_noticed(estimator, monkeypatch):
     bs.sketch_(model, estimator)
     mutation_of(estimator)(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        check_low_precision(model, autocast(model), images(), draws=250)
+        check_low_precision(model, autocast(model), images(), draws=125)
 
 
 @every_family
@@ -490,7 +490,7 @@ def accumulated(model: nn.Module, parts: list[Tensor]) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
 
-def check_accumulation(model: nn.Module, draws: int = 300) -> None:
+def check_accumulation(model: nn.Module, draws: int = 150) -> None:
     parts = [torch.randn(6, 5), torch.randn(9, 5), torch.randn(4, 5)]
     with bs.exact(model):
         exact = accumulated(model, parts)

@@ -97,6 +97,9 @@ def test_a_compiled_grouped_convolution_has_the_gradients_of_the_eager_one(one_s
     assert worst(*GROUPED) < 1e-4
 
 
+@pytest.mark.fast_cases(
+    "rows:keep=0.5", "columns:keep=0.5", "stored_rows:keep=0.5", "low_rank:keep=0.5,method=subspace"
+)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 def test_no_code_that_a_compiler_sees_accumulates_by_index(estimator):
     """Inductor does it wrongly for some strides, see docs/upstream/inductor-index-add.md."""

@@ -413,7 +413,7 @@ def test_the_mean_is_the_exact_gradient_to_the_precision_of_the_dtype(estimator,
     wide = nn.Linear(6, 8, dtype=torch.float64)
     wide.load_state_dict({n: p.double() for n, p in layer.state_dict().items()})
     exact = backward(wide, x.detach().double().requires_grad_(), cotangent.to(dtype))
-    draws = [backward(layer, x, cotangent) for _ in range(400)]
+    draws = [backward(layer, x, cotangent) for _ in range(200)]
     for name, target in exact.items():
         stacked = torch.stack([d[name].double() for d in draws])
         error = stacked.std(0) / math.sqrt(len(draws))
@@ -453,7 +453,7 @@ class Twice(nn.Module):
 def test_a_module_used_three_times_in_one_forward_is_unbiased(estimator):
     model = Twice()
     bs.sketch_(model, estimator)
-    bs.testing.check_unbiased(model, torch.randn(7, 5), draws=400)
+    bs.testing.check_unbiased(model, torch.randn(7, 5), draws=200)
 
 
 @pytest.mark.fast_cases("rows:keep=0.5", "quantized:bits=2")
@@ -463,7 +463,7 @@ def test_a_mutation_is_noticed_in_a_module_used_three_times(estimator, monkeypat
     bs.sketch_(model, estimator)
     mutation_of(estimator)(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        bs.testing.check_unbiased(model, torch.randn(7, 5), draws=400)
+        bs.testing.check_unbiased(model, torch.randn(7, 5), draws=200)
 
 
 def test_uses_of_one_module_draw_apart():
@@ -482,10 +482,10 @@ def test_two_models_in_one_process_are_each_unbiased_and_keep_to_themselves(esti
     bs.sketch_(first, estimator)
     bs.sketch_(second, bs.Columns(keep=0.25))
     x = torch.randn(7, 5)
-    bs.testing.check_unbiased(first, x, draws=300)
+    bs.testing.check_unbiased(first, x, draws=150)
     bs.restore_(first)
     assert type(first) is nn.Linear
-    bs.testing.check_unbiased(second, x, draws=300)
+    bs.testing.check_unbiased(second, x, draws=150)
     with bs.exact(first):
         assert second._backsketch_exact is False
 

@@ -410,7 +410,7 @@ def test_tied_weights_stay_tied_and_both_uses_reach_the_gradient():
     bs.sketch_(model, ROWS)
     assert model.head.weight is model.embedding.weight
     assert len(list(model.parameters())) == 3
-    bs.testing.check_unbiased(model, tokens, draws=800)
+    bs.testing.check_unbiased(model, tokens, draws=400)
     model(tokens).sum().backward()
     bs.restore_(model)
     assert model.head.weight is model.embedding.weight
@@ -421,7 +421,7 @@ def test_tied_weights_with_a_wrong_weight_of_a_row_are_noticed(monkeypatch):
     bs.sketch_(model, ROWS)
     drop_the_weights(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        bs.testing.check_unbiased(model, tokens, draws=800)
+        bs.testing.check_unbiased(model, tokens, draws=400)
 
 
 def test_hooks_stay_and_fire_once_with_the_same_arguments():

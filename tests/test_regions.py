@@ -407,7 +407,7 @@ def test_a_region_used_twice() -> None:
 
     model = Twice()
     make_region(model, {"block": Region(0.5)})
-    bs.testing.check_unbiased(model, torch.randn(6, 3, 8), draws=300)
+    bs.testing.check_unbiased(model, torch.randn(6, 3, 8), draws=150)
 
 
 def test_copies_and_pickles() -> None:
@@ -462,7 +462,7 @@ def test_a_shared_table_with_as_many_rows_as_the_batch() -> None:
 
     model = Table()
     states = make_region(model, {"": Region(0.5)})
-    bs.testing.check_unbiased(model, torch.randn(5, 5, 8), torch.randn(5, 8), draws=300)
+    bs.testing.check_unbiased(model, torch.randn(5, 5, 8), torch.randn(5, 8), draws=150)
     model(torch.randn(5, 5, 8), torch.randn(5, 8)).square().sum().backward()
     assert states[""].status == "active"
 
@@ -538,7 +538,7 @@ def test_outputs_that_share_memory_are_copied_and_unbiased(kind: type[nn.Module]
         assert all(torch.equal(a, b) for a, b in zip(outputs, expected))
         sum(y.square().sum() for y in outputs).backward()
     assert [s.status for s in states.values()] == ["active"]
-    bs.testing.check_unbiased(model, torch.randn(12, 4), draws=300)
+    bs.testing.check_unbiased(model, torch.randn(12, 4), draws=150)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -80,7 +80,7 @@ def test_batch_norm_in_eval_mode_is_a_region() -> None:
     model = CNN(nn.BatchNorm2d(4))
     model.norm.eval()
     make_region(model, {"": Region(0.5)})
-    report = bs.testing.check_unbiased(model, torch.randn(6, 2, 8, 8), draws=200)
+    report = bs.testing.check_unbiased(model, torch.randn(6, 2, 8, 8), draws=100)
     assert max(report.relative_variance.values()) > 0.05
 
 
@@ -186,7 +186,7 @@ def test_tokens_that_interact_run_exactly(case: str) -> None:
 def test_window_partitions_inside_a_region_of_samples_are_fine() -> None:
     model = Windows()
     make_region(model, {"": Region(0.5)})
-    report = bs.testing.check_unbiased(model, torch.randn(6, 16, 8), draws=200)
+    report = bs.testing.check_unbiased(model, torch.randn(6, 16, 8), draws=100)
     assert max(report.relative_variance.values()) > 0.05
 
 
@@ -399,7 +399,7 @@ def test_a_saved_value_may_be_called_index() -> None:
     model = Pick()
     state = attach(model, Region(0.5))
     model(torch.randn(8, 4), torch.randint(9, (8,))).square().sum().backward()
-    bs.testing.check_unbiased(model, torch.randn(8, 4), torch.randint(9, (8,)), draws=300)
+    bs.testing.check_unbiased(model, torch.randn(8, 4), torch.randint(9, (8,)), draws=150)
     assert state is not None
     assert state.status == "active", state.reason
 

@@ -27,7 +27,7 @@ from region_models import (
     mlp,
 )
 
-DRAWS = 250
+DRAWS = 150
 IMAGE = (1, 8, 8)
 
 
