@@ -64,7 +64,7 @@ RULES = {
 }
 
 
-@pytest.mark.fast_cases("residual")
+@pytest.mark.fast_cases("elements-residual", "mask and rows-residual")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("rules", RULES)
 def test_the_joint_column_adds_up_to_the_total(network, rules):
@@ -172,7 +172,7 @@ def trained(name: str, shape, seed=0) -> tuple[nn.Module, list]:
     return model, [batch() for _ in range(4)]
 
 
-@pytest.mark.fast_cases("vit")
+@pytest.mark.fast_cases("rows:keep=0.5-vit")
 @pytest.mark.parametrize(("name", "shape"), [("mlp", (1, 8, 8)), ("vit", (3, 16, 16))])
 @pytest.mark.parametrize(
     "sketch", ["rows:keep=0.5", "columns:keep=0.5", "split:grad_weight=(rows:keep=0.25)"]
