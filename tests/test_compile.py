@@ -146,6 +146,7 @@ def test_compiled_forward_values_are_those_of_the_unconverted_model():
         assert torch.equal(call(x), expected)
 
 
+@pytest.mark.fast_cases("stored_rows:keep=0.5")
 @pytest.mark.parametrize("estimator", [bs.Rows(keep=0.5), bs.StoredRows(keep=0.5)], ids=str)
 def test_a_compiled_step_draws_anew_and_a_saved_stream_repeats_it(estimator):
     model, x = Net(4, 6), images()
@@ -206,7 +207,7 @@ LADDERS = [
 ]
 
 
-@pytest.mark.fast_cases("Rows", "Quantized")
+@pytest.mark.fast_cases("Rows")
 @pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: type(ladder[0]).__name__)
 def test_a_compiled_model_may_be_sketched_anew_with_one_graph_for_each_setting(ladder):
     """A float attribute that changes becomes a symbol in the compiler: ``keep`` must stay a constant."""
@@ -342,6 +343,7 @@ def test_checkpointed_gradients_are_unbiased_compiled(kind, estimator):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_checkpointed_gradients_are_unbiased_with_the_default_backend():
     model = Blocks("not reentrant")
     bs.sketch_(model, {"*.q": bs.Projection(keep=0.5), "": bs.StoredRows(keep=0.5)})

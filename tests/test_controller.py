@@ -297,6 +297,7 @@ def test_layers_and_masks_are_held_together_at_their_target(digits):
     assert set(control.keeps) == {"", "0", "2"}
 
 
+@pytest.mark.fast_cases("region")
 @pytest.mark.parametrize(
     "rules",
     [bs.Region(keep=0.5), {"": bs.Mask(keep=0.7), "0": bs.Rows(keep=0.5), "2": bs.Columns(0.8)}],

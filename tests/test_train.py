@@ -219,6 +219,7 @@ class TestResume:
         ("vit", {"dim": 32, "depth": 1, "dropout": 0.2}, "none", {"precision": "bf16"}),
     )
 
+    @pytest.mark.fast_cases("between epochs", "mlp", "vit")
     @pytest.mark.parametrize(("model", "options", "sketch", "extra"), CASES)
     @pytest.mark.parametrize("stop_at", [4, 6], ids=["between epochs", "within an epoch"])
     def test_a_stopped_run_ends_with_the_same_weights(
@@ -245,12 +246,14 @@ class TestResume:
 
     def test_the_exact_run_starts_as_the_sketched_one(self, tmp_path):
         data = toy()
-        job = config(data, model="vit", sketch="rows:keep=0.5", model_options={"dropout": 0.1})
+        small = {"dim": 32, "depth": 1, "dropout": 0.1}
+        job = config(data, model="vit", sketch="rows:keep=0.5", model_options=small)
         exact = fit(trainer_of(job, data, tmp_path / "e.pt", exact=True))
         sketched = fit(trainer_of(job, data, tmp_path / "s.pt"))
         assert exact.history.losses[0] == sketched.history.losses[0]
         assert exact.history.losses[2] != sketched.history.losses[2]
 
+    @pytest.mark.fast_cases("between")
     @pytest.mark.parametrize("stop_at", [2, 3, 4], ids=["at a look", "between", "at the end"])
     def test_looking_more_often_changes_nothing_else(self, tmp_path, stop_at):
         data = toy()  # 4 steps an epoch
@@ -496,6 +499,10 @@ class TestAuto:
         assert found["advice"] in automatic({"auto": found})
         assert json.dumps(found)
 
+    @pytest.mark.fast_cases(
+        *("1-save-exact first", "13-save-8 bits first"),
+        *("3-quantized-8 bits first", "24-quantized-exact first"),
+    )
     @pytest.mark.parametrize("in_8_bits", [False, True], ids=["exact first", "8 bits first"])
     @pytest.mark.parametrize("family", ["save", "quantized"])
     @pytest.mark.parametrize("stop_at", [1, 2, 3, 13, 24])
