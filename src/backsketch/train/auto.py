@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.planning import Budget, auto_plan
-from backsketch.planning.control.sites import movable_sites
+from backsketch.planning.control.sites import movable_sites, set_keeps
 from backsketch.planning.measure import step as measure
 from backsketch.planning.measure.timing import synchronize
 from backsketch.torch_private import load_compiler
@@ -134,8 +134,7 @@ class Auto:
         arithmetic = float(run.steps - self.steps_at.total())
         for (number, keeps), count in self.steps_at.items():
             bs.sketch_(core, _parsed(self._used[number]))
-            for site, keep in zip(movable_sites(core), keeps):  # none before there is a controller
-                site.set_keep(keep)
+            set_keeps(movable_sites(core), keeps)  # none before there is a controller
             arithmetic += count * measure.backward_flops(core, batch, run.loss) / exact
         return arithmetic / run.steps
 
