@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-import torch
 from torch import nn
 
 from backsketch.convert import restore_
 from backsketch.nn.swap import exact, is_swapped, sketch_of
-from backsketch.planning.control.ranks import summed
+from backsketch.planning.control.ranks import gathered
 from backsketch.planning.measure.timing import Timing, synchronize
 from backsketch.rules import unwrap
 
@@ -189,9 +188,7 @@ class SpeedGuard:
         """Seconds of the exact and the sketched step of each pair, the mean over the ranks."""
         places = range(_SKIPPED, self._length)
         timed = [self._seconds.get(place, float("nan")) for place in places]
-        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        ranks, total = summed(timed, device)
-        found = [x / ranks for x in total]
+        found = [fmean(seconds) for seconds in zip(*gathered(timed))]
         pairs = zip(places[::2], found[::2], found[1::2])
         ordered = [(a, b) if place % 4 == 0 else (b, a) for place, a, b in pairs]
         return [pair for pair in ordered if pair[0] == pair[0] and pair[1] == pair[1]]
