@@ -216,24 +216,26 @@ def _shared(cases: Sequence[Case], seed: int, count: int) -> list[dict[str, Any]
     shares = [[c for c in cases if jobs.index(c.job) % count == i] for i in range(count)]
     with tempfile.TemporaryDirectory() as root:
         files = [Path(root) / f"{i}.jsonl" for i in range(count)]
-        if count == 1:
-            _run(shares[0], seed, Path(root), files[0])
-        else:
-            started = []
-            for i, share in enumerate(shares):
-                (folder := Path(root) / str(i)).mkdir()
-                started.append(Process(partial(_run, share, seed, folder, files[i]), folder, {}))
-            try:
-                for process in started:
-                    while process.poll(1.0) is None:
-                        pass
-            except KeyboardInterrupt:
-                print("stopped; the cases so far:")
-            for process in started:
-                process.end()
-                print(process.said)
+        started: list[Process] = []
+        try:
+            if count == 1:
+                _run(shares[0], seed, Path(root), files[0])
+            else:
+                started = [_fork(*share) for share in zip(shares, [seed] * count, files)]
+            while any(process.poll(1.0) is None for process in started):
+                pass
+        except KeyboardInterrupt:
+            print("stopped; the cases so far:")
+        for process in started:
+            process.end()
+            print(process.said)
         lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
     return sorted(map(json.loads, lines), key=lambda record: record["case"])
+
+
+def _fork(cases: Sequence[Case], seed: int, out: Path) -> Process:
+    (folder := out.with_suffix("")).mkdir()
+    return Process(partial(_run, cases, seed, folder, out), folder, {})
 
 
 def _run(cases: Sequence[Case], seed: int, folder: Path, out: Path) -> None:
