@@ -78,7 +78,8 @@ class Campaign:
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.seed = root, seed
-        self._whole: dict[str, tuple[Any, float]] = {}
+        self._whole: dict[str, Any] = {}
+        self._seconds: dict[str, float] = {}  # of the quickest run so far
 
     def run(self, case: Case) -> dict[str, Any]:
         """What happened, as plain values; `fault` is empty where all was well."""
@@ -100,13 +101,16 @@ class Campaign:
 
     def _fault(self, case: Case, folder: Path, codes: list[list[int | None]]) -> str:
         job, rng = JOBS[case.job], random.Random(f"{self.seed} {case.number} deaths")
-        whole, seconds = self._undisturbed(case.job)
+        whole = self._undisturbed(case.job)
         for what, moment in case.mishaps:
             processes = _start(job, folder)
-            moment.wait(processes[0], folder, seconds)
+            moment.wait(processes[0], folder, self._seconds[case.job])
             DEATHS[what].act(processes, rng)
             hanging = _finish(processes)
             codes.append([process.code for process in processes])
+            if not any(codes[-1]):  # it was through: this machine is faster now
+                took = min(self._seconds[case.job], processes[0].seconds)
+                self._seconds[case.job] = took
             if hanging:
                 return f"{what}: still running after {LIMIT} s: {processes[0].said[-2000:]}"
             if reason := DEATHS[what].fault(processes):
@@ -120,15 +124,16 @@ class Campaign:
         found = list(differences(whole, job.outcome(folder)))
         return f"{len(found)} differences, such as {found[:5]}" if found else ""
 
-    def _undisturbed(self, name: str) -> tuple[Any, float]:
-        """What a job leaves if nothing happens to it, and its seconds."""
+    def _undisturbed(self, name: str) -> Any:
+        """What a job leaves if nothing happens to it."""
         if name not in self._whole:
             folder = self.root / f"undisturbed-{len(self._whole)}"
             folder.mkdir()
             processes = _start(JOBS[name], folder)
             if _finish(processes) or any(process.code for process in processes):
                 raise RuntimeError(f"{name} fails by itself: {processes[0].said}")
-            self._whole[name] = JOBS[name].outcome(folder), processes[0].seconds
+            self._whole[name] = JOBS[name].outcome(folder)
+            self._seconds[name] = processes[0].seconds
         return self._whole[name]
 
 
@@ -249,6 +254,9 @@ def _run(cases: Sequence[Case], seed: int, folder: Path, out: Path) -> None:
 
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]], clean: int, seconds: float) -> None:
+    mishaps = [
+        (m.split(" at ")[0], codes) for r in records for m, codes in zip(r["mishaps"], r["codes"])
+    ]
     head = {
         "command": f"python {' '.join(sys.argv)}",
         "clean": clean,
@@ -257,7 +265,8 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]], clean: int, seconds
         "cpu_seconds": round(_cpu_seconds()),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "mishaps": dict(Counter(m.split(" at ")[0] for r in records for m in r["mishaps"])),
+        "mishaps": dict(Counter(what for what, _ in mishaps)),
+        "of them before the end": dict(Counter(what for what, codes in mishaps if any(codes))),
     }
     lines = ",\n".join(json.dumps(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
