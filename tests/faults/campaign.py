@@ -101,7 +101,7 @@ class Campaign:
 
     def _fault(self, case: Case, folder: Path, codes: list[list[int | None]]) -> str:
         job, rng = JOBS[case.job], random.Random(f"{self.seed} {case.number} deaths")
-        whole = self._undisturbed(case.job)
+        whole, may_be_torn = self._undisturbed(case.job), False
         for what, moment in case.mishaps:
             processes = _start(job, folder)
             moment.wait(processes[0], folder, self._seconds[case.job])
@@ -116,7 +116,8 @@ class Campaign:
             if reason := DEATHS[what].fault(processes):
                 return f"{what}: {reason}"
             left = [str(p) for p in folder.rglob("*.partial")]
-            if left and "killed" not in what:
+            may_be_torn |= "killed" in what
+            if left and not may_be_torn:
                 return f"{what}: left {left}"
         processes = _start(job, folder)
         if _finish(processes) or any(process.code for process in processes):

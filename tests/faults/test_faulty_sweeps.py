@@ -112,6 +112,16 @@ def test_two_sweeps_in_one_folder(tmp_path):
     assert len(json.loads((tmp_path / "tiny" / "sweep.json").read_text())["jobs"]) == 2
 
 
+def test_what_a_killed_sweep_left_half_written_is_no_obstacle(tmp_path):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    jobs = tmp_path / "tiny" / "jobs"
+    jobs.mkdir(parents=True)
+    (jobs / "a-job-of-earlier-0123abcd.json.partial").write_text("{")
+    assert run_sweep(SweepConfig.load(path), tmp_path, console=Console(quiet=True)) == []
+    assert not jobs.exists()
+
+
 def test_a_folder_of_results_that_is_a_file(tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY))

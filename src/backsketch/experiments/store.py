@@ -68,7 +68,9 @@ class Store:
         write(self.folder / SWEEP, {**_head(config), "machine": machine(), "jobs": jobs})
         if not records:
             earlier.unlink(missing_ok=True)
-        for path in (self.folder / JOBS).glob("*.json"):
+        for path in (self.folder / JOBS).glob(
+            "*.json*"
+        ):  # and what a killed process left half written
             path.unlink()
         if (self.folder / JOBS).is_dir():
             (self.folder / JOBS).rmdir()
