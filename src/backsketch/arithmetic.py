@@ -66,7 +66,7 @@ def product_counter() -> FlopCounterMode:
     Its own count of a grouped convolution's ``grad_weight`` is too large by the number of groups.
     """
     aten = torch.ops.aten
-    lacking = {
+    lacking: dict[Any, Any] = {
         **COUNTS,
         aten._grouped_mm: _grouped,
         aten.convolution_backward: _convolution_backward,
