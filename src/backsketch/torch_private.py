@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.conv import _ConvNd as ConvBase
+from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeBase
 from torch.nn.modules.loss import _Loss as LossBase
 
 # torch.utils.pytree is public, but does not name the paths of leaves.
@@ -20,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "BatchNormBase",
+    "ConvBase",
+    "ConvTransposeBase",
     "ForwardFacts",
     "LossBase",
     "aot_autograd",
@@ -33,6 +37,7 @@ __all__ = [
     "default_partition",
     "float8_matmul",
     "forward_facts",
+    "grouped_matmul",
     "hooks_are_guarded",
     "int8_matmul",
     "is_functorch_wrapped",
@@ -86,6 +91,14 @@ def float8_matmul(a: Tensor, b: Tensor) -> Tensor | None:
     # Fast accumulation drops bits of the sum, by a rule and not by chance: a bias.
     result: Tensor = product(a, b, one, one, out_dtype=torch.float32, use_fast_accum=False)
     return result
+
+
+def grouped_matmul() -> Callable[..., Tensor] | None:
+    """The function by which fused experts multiply; None where PyTorch has none.
+
+    Models call the private name, so that it is what has to be recognised. Without it no model calls it.
+    """
+    return getattr(torch, "_grouped_mm", None)
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

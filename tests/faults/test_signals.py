@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from backsketch import cli
 from backsketch.experiments import SweepConfig, run_sweep, sweep
 from backsketch.signals import asked, noted
-from backsketch.train import Interrupted, run, train
+from backsketch.train import Interrupted, run, tasks, train
 from backsketch.train.errors import StopRequest
 from helpers import quiet
 
@@ -113,17 +113,17 @@ def test_a_signal_is_forgotten_with_the_block_that_it_came_in():
 def test_a_training_stops_at_its_first_step_if_a_finalizer_swallowed_the_signal(
     tmp_path, monkeypatch, signum
 ):
-    load = run.load_data
+    load = tasks.load_data
 
     def interrupted(*arguments, **options):
         Swallows(signum)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(run, "load_data", interrupted)
+    monkeypatch.setattr(tasks, "load_data", interrupted)
     with pytest.raises(Interrupted) as caught:
         train(QUICK, out=tmp_path / "out", console=quiet())
     assert caught.value.exit_code == 128 + signum
-    monkeypatch.setattr(run, "load_data", load)
+    monkeypatch.setattr(tasks, "load_data", load)
     assert train(QUICK, out=tmp_path / "out", resume=True, console=quiet())["steps"] == 10
 
 
@@ -131,7 +131,7 @@ def test_before_the_first_step_a_signal_acts_at_once(tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(run, "load_data", interrupted)
+    monkeypatch.setattr(tasks, "load_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(QUICK, out=tmp_path / "out", console=quiet())
     assert not Path(tmp_path / "out").exists()

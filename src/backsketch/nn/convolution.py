@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from backsketch import ops
 from backsketch.estimators import Bilinear
@@ -17,13 +16,14 @@ from backsketch.ops.convolution import (
     bilinear_convolution,
     columns_first,
 )
+from backsketch.torch_private import ConvBase, ConvTransposeBase
 
 __all__ = ["SketchedConvTranspose", "SketchedConvolution"]
 
 _CONVOLVE = {1: ops.conv1d, 2: ops.conv2d, 3: ops.conv3d}
 
 
-class SketchedConvolution(Swapped, _ConvNd):
+class SketchedConvolution(Swapped, ConvBase):
     """A convolution whose backward is sketched while it trains."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class SketchedConvolution(Swapped, _ConvNd):
 
 
 def _weights(module: nn.Module) -> list[tuple[Bilinear, Tensor]]:
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, ConvBase)
     m = module
     padding = m.padding if isinstance(m.padding, tuple) else (0,) * len(m.kernel_size)
     op = bilinear_convolution(m.kernel_size, m.stride, padding, m.dilation, m.groups, m.kernel_size)
@@ -50,7 +50,7 @@ def _weights(module: nn.Module) -> list[tuple[Bilinear, Tensor]]:
 
 
 def _product(module: nn.Module, x: Tensor) -> Bilinear | None:
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, ConvBase)
     m = module
     if x.ndim != m.weight.ndim or isinstance(m.padding, str) or m.padding_mode != "zeros":
         return None
@@ -63,7 +63,7 @@ def _rows(dims: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor if tensor.ndim == dims + 2 else tensor[None]
 
 
-class SketchedConvTranspose(Swapped, _ConvTransposeNd):
+class SketchedConvTranspose(Swapped, ConvTransposeBase):
     """A transposed convolution whose backward is sketched while it trains."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class SketchedConvTranspose(Swapped, _ConvTransposeNd):
 
 
 def _transposed(module: nn.Module, x: Tensor) -> TransposedConvolution:
-    assert isinstance(module, _ConvTransposeNd)
+    assert isinstance(module, ConvTransposeBase)
     m = module
     assert isinstance(m.padding, tuple)
     spatial = tuple(x.shape[2:])
@@ -92,7 +92,7 @@ def _transposed(module: nn.Module, x: Tensor) -> TransposedConvolution:
 
 
 def _transposed_weights(module: nn.Module) -> list[tuple[Bilinear, Tensor]]:
-    assert isinstance(module, _ConvTransposeNd)
+    assert isinstance(module, ConvTransposeBase)
     return [(_transposed(module, module.weight), columns_first(module.weight, module.groups))]
 
 

@@ -19,6 +19,7 @@ from backsketch.estimators import Bilinear, Estimator
 from backsketch.nn.registry import Adapter, foreign
 from backsketch.nn.swap import Swapped
 from backsketch.ops.linear import Linear
+from backsketch.torch_private import grouped_matmul
 
 __all__ = ["SketchedExperts"]
 
@@ -53,7 +54,7 @@ class _Sketching(TorchFunctionMode):
             return ops.linear(x, weight, bias, self.sketch)
         if func in _MATMUL and self._is_expert(args, 2):
             return ops.linear(args[0], args[1].T, None, self.sketch)
-        if func is torch._grouped_mm and self._is_expert(args, 3) and args[0].ndim == 2:
+        if func is grouped_matmul() and self._is_expert(args, 3) and args[0].ndim == 2:
             weight, ends = args[1].transpose(-2, -1), kwargs["offs"]
             return ops.grouped_linear(args[0], weight, ends, self.sketch)
         return func(*args, **kwargs)
