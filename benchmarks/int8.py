@@ -98,6 +98,32 @@ def layers(repeats: int, clock) -> list[dict]:
 
 
 IMAGES = (3, 32, 32)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with batch norms and a way around them."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(),
+            nn.Conv2d(outer, outer, 3, 1, 1, bias=False), nn.BatchNorm2d(outer),
+        )  # fmt: skip
+        self.around = nn.Conv2d(inner, outer, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.relu(self.path(x) + self.around(x))
+
+
+def residual_net() -> nn.Module:
+    """A residual network of the usual kind, on which no kernel was tuned."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        Block(64, 64, 1), Block(64, 128, 2), Block(128, 256, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+
+
 MODELS = {
     "vit d 192, 64 tokens, batch 64": (
         lambda: build("vit", IMAGES, 10, dim=192, depth=6, patch=4),
@@ -108,6 +134,7 @@ MODELS = {
         (64, *IMAGES),
     ),
     "mlp 784-3x1024-10, batch 512": (lambda: mlp(784, 10, (1024, 1024, 1024)), (512, 784)),
+    "residual net, 64 to 256 channels, batch 32": (residual_net, (32, *IMAGES)),
     "bagnet, batch norm, batch 64": (lambda: build("bagnet", IMAGES, 10), (64, *IMAGES)),
 }
 

@@ -78,9 +78,9 @@ def one_rounding_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def halve_the_dither_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uniforms on half the unit interval in 8-bit products: more is rounded down."""
-    dither = int8._dither
+    dither = int8.dither
     monkeypatch.setattr(int8_native, "library", lambda: None)
-    monkeypatch.setattr(int8, "_dither", lambda *a: dither(*a) >> 1)
+    monkeypatch.setattr(int8, "dither", lambda *a: dither(*a) >> 1)
 
 
 # What breaks each kind of estimator. tests/test_registry.py fails where one has no row here.

@@ -58,7 +58,7 @@ def test_codes_by_row_are_those_of_the_twin_in_both_layouts(kind, dtype):
     g[4, 6] = -torch.inf
     numbers, kernels = NUMBERS[kind], gpu.Kernels(kind)
     expected, scale = eager.round_by_rows(g.float(), KEYS[0], numbers)
-    rate = numbers.scale(eager._largest(g.float(), 1))[1]
+    rate = numbers.scale(eager.magnitude(g.float(), 1))[1]
     codes, turned = kernels._round(g, rate, KEYS[0], wants=(True, True), by_row=True)
     live = scale[
         :, 0

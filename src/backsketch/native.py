@@ -31,7 +31,7 @@ _FLAGS = (
 
 
 class Source:
-    """A C++ file that is compiled or taken from the cache at most once in a process.
+    """A C++ file, with the headers beside it that it includes, compiled or taken from the cache once in a process.
 
     A cached library is loaded if it and its folder belong to the user, nobody else can write to them, and
     its content has the digest in its name. Otherwise it is compiled anew; where there is no such folder, in
@@ -99,7 +99,7 @@ class Source:
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, check=True, timeout=30
         ).stdout
-        words = (self.path.read_text(), " ".join(self.flags), compiler, version, _processor())
+        words = (*_texts(self.path), " ".join(self.flags), compiler, version, _processor())
         name = _digest("\0".join(words).encode())
         for path in folder.glob(f"{name}-*.so"):
             if _is_intact(path):
@@ -115,6 +115,13 @@ class Source:
             path = folder / f"{name}-{_digest(made.read_bytes())}.so"
             os.replace(made, path)  # atomic: two processes may do this at the same time
         return path
+
+
+def _texts(path: Path) -> list[str]:
+    """The texts of a source and of the headers beside it that it includes, in any depth."""
+    text = path.read_text()
+    headers = re.findall(r'^#include "(.+)"$', text, re.MULTILINE)
+    return [text, *(inner for name in headers for inner in _texts(path.with_name(name)))]
 
 
 # Where libraries are kept: what lies there is executed ---------------------------------------------

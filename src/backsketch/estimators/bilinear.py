@@ -15,7 +15,7 @@ from torch import Tensor
 from backsketch.sampling import is_readable, operator
 
 if TYPE_CHECKING:
-    from backsketch.products import Source
+    from backsketch.products import Packed, Source
 
 __all__ = ["Bilinear", "energy", "gather_scaled", "norms", "scale_free", "scatter", "unit"]
 
@@ -32,8 +32,6 @@ class Bilinear:
     """
 
     groups: int = 1
-    is_matrix: bool = False
-    """Whether the rows are those of one matrix, as of a linear layer."""
     gram_rows: ClassVar[int] = 256
     pair_rows: ClassVar[int] = 0
 
@@ -68,9 +66,21 @@ class Bilinear:
         grad_bias = self.bias_vjp(cotangent) if with_bias else None
         return self.input_vjp(cotangent, weight), self.weight_vjp(cotangent, x), grad_bias
 
-    def with_products(self, products: Source) -> Bilinear | None:
-        """The same layer with its backward products computed by ``products``, or None where there is no way."""
+    def with_products(self, source: Source) -> Bilinear | None:
+        """The same layer with its backward products computed by ``source``, or None where there is no way."""
         return None
+
+    def slow_products(self) -> str:
+        """Why the products of :meth:`with_products` gain no time for this kind of layer; empty if they may."""
+        return ""
+
+    def pack(self, x: Tensor, seed: Tensor, numbers: str) -> Packed:
+        """The codes of an input as the products of :meth:`with_products` read them."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Packed, cotangent: Tensor, numbers: str) -> Tensor:
+        """The rows of the input of which :meth:`pack` kept the codes."""
+        raise NotImplementedError
 
     def row_gram(self, cotangent: Tensor, x: Tensor) -> Tensor:
         """``(rows, rows)`` inner products of the rows' contributions to ``grad_weight``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from backsketch import products
 from backsketch.estimators.base import Estimator, Gradients
 from backsketch.estimators.bilinear import Bilinear
-from backsketch.estimators.quantized import Quantized
-from backsketch.products import Products
+from backsketch.products import Packed, Products
 from backsketch.products.variance import Variances
 from backsketch.rounding import Rounding
 
@@ -82,15 +81,14 @@ class EightBit(Estimator):
             return Rounding(8, 64)
         return None if self.sketch is None else self.sketch.rounding()
 
-    def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
-        if self.save and op.is_matrix and seed is not None and x.numel():
-            return products.pack(op.rows(x), seed, numbers=self.numbers)
-        inner = self._inner()
-        return (x,) if inner is None else inner.store(op, x, seed)
+    @property
+    def needs_rows(self) -> bool:  # type: ignore[override]
+        return self.sketch is not None and self.sketch.needs_rows
 
-    def _inner(self) -> Estimator | None:
-        """The sketch inside; where codes of the input cannot be those of the product, its saver."""
-        return Quantized(bits=8) if self.save and self.sketch is None else self.sketch
+    def store(self, op: Bilinear, x: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
+        if self.save and seed is not None:
+            return op.pack(x, seed, self.numbers)
+        return (x,) if self.sketch is None else self.sketch.store(op, x, seed)
 
     def vjps(
         self,
@@ -101,18 +99,15 @@ class EightBit(Estimator):
         seed: Tensor,
         needed: tuple[bool, bool, bool],
     ) -> Gradients:
-        packed = (stored[0], stored[1]) if self.save and len(stored) == 2 else None
-        if packed is not None and self.sketch is None:
-            flat = weight.flatten(1) if needed[0] else None
-            return Products(seed, self.numbers).vjps(
-                cotangent, None, flat, packed=packed, with_bias=needed[2]
-            )
         rounded = op.with_products(Products(seed, self.numbers))
         assert rounded is not None  # refused before
+        packed = Packed(*stored) if self.save and needed[1] else None
+        if self.sketch is None:
+            x = packed or op.rows(stored[0]) if needed[1] else None
+            return _both(rounded, cotangent, weight, x, needed)
         if packed is not None:
-            stored = (products.unpack(packed, cotangent.shape[0], self.numbers),)
-        inner = self._inner() or _Joint()
-        return inner.vjps(rounded, cotangent, weight, stored, seed, needed)
+            stored = (op.unpack(packed, cotangent, self.numbers),)
+        return self.sketch.vjps(rounded, cotangent, weight, stored, seed, needed)
 
     def estimate_input(
         self, op: Bilinear, cotangent: Tensor, weight: Tensor, seed: Tensor
@@ -147,8 +142,7 @@ class EightBit(Estimator):
         slow = products.why_slow(weight.device, self.numbers)
         if slow:
             return f"expect no gain in time: {slow}"
-        # Measured: a BagNet's step takes 2.5 of exact with its 3x3 kernels sketched, 1.1 without.
-        return "" if op.is_matrix else "slower than exact: larger kernels are unfolded; use None"
+        return op.slow_products()
 
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         return self._variances(op).input_vjp(cotangent, weight).sum()
@@ -157,17 +151,25 @@ class EightBit(Estimator):
         return self._variances(op).weight_vjp(cotangent, op.rows(x)).sum()
 
     def _variances(self, op: Bilinear) -> Bilinear:
-        if self.sketch is not None or (self.save and not op.is_matrix):
+        if self.sketch is not None:
             raise ValueError(f"the variance of {self} has no closed form here: measure it")
         variances = op.with_products(Variances(self.save, self.numbers))
         assert variances is not None  # refused before
         return variances
 
 
-class _Joint(Estimator):
-    """Nothing but both products, in one call where both are wanted: they share the rounding of G."""
-
-    def dequantized_input(
-        self, op: Bilinear, cotangent: Tensor, stored: tuple[Tensor, ...]
-    ) -> Tensor | None:
-        return op.rows(stored[0])
+def _both(
+    op: Bilinear,
+    cotangent: Tensor,
+    weight: Tensor,
+    x: Any,
+    needed: tuple[bool, bool, bool],
+) -> Gradients:
+    """What is needed of the two products, in one call where both are: they share a rounding of G."""
+    if needed[0] and needed[1]:
+        return op.vjps(cotangent, x, weight, needed[2])
+    return (
+        op.input_vjp(cotangent, weight) if needed[0] else None,
+        op.weight_vjp(cotangent, x) if needed[1] else None,
+        op.bias_vjp(cotangent) if needed[2] else None,
+    )

@@ -8,19 +8,18 @@ Rows are samples, or positions where the kernel has one entry. A transposed conv
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backsketch import products
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.estimators.bilinear import gather_scaled, scatter
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
 from backsketch.ops.linear import Linear, check_estimator
-from backsketch.products import Source
-from backsketch.sampling import operator
+from backsketch.products import Geometry, Packed, Source
 
 __all__ = [
     "Convolution",
@@ -96,29 +95,24 @@ class Convolution(Bilinear):
         part = self._weight_vjp(g, self._choose(x, 1, indices), indices.shape[0])
         return self._place(part, 0, indices)
 
-    def with_products(self, products: Source) -> Bilinear | None:
-        return RoundedConvolution(self, products) if len(self.kernel) < 3 else None
+    def with_products(self, source: Source) -> Bilinear | None:
+        return RoundedConvolution(self, source)
 
-    def unfold(self, x: Tensor) -> Tensor:
-        """``(positions, channels * kernel)``: what each position of the output sees, sample by sample."""
-        image = x.unsqueeze(2) if len(self.kernel) == 1 else x
-        columns = F.unfold(image, *self._window())
-        return columns.transpose(1, 2).flatten(0, 1)
+    def slow_products(self) -> str:
+        if len(self.kernel) > 2:
+            return "expect no gain in time: there are no fused kernels over three dimensions"
+        return ""
 
-    def fold(self, columns: Tensor, samples: int) -> Tensor:
-        """The transpose of :meth:`unfold`."""
-        columns = columns.unflatten(0, (samples, -1)).transpose(1, 2)
-        x = _fold(columns, _plane(self.spatial, 1), *self._window())
-        return x.squeeze(2) if len(self.kernel) == 1 else x
+    def pack(self, x: Tensor, seed: Tensor, numbers: str) -> Packed:
+        return products.pack_images(x, self.geometry(self.groups), seed, numbers=numbers)
 
-    def _window(self) -> tuple[Sizes, Sizes, Sizes, Sizes]:
-        """Kernel, dilation, padding and stride over two dimensions."""
-        return (
-            _plane(self.kernel, 1),
-            _plane(self.dilation, 1),
-            _plane(self.padding, 0),
-            _plane(self.stride, 1),
-        )
+    def unpack(self, packed: Packed, cotangent: Tensor, numbers: str) -> Tensor:
+        return products.unpack_images(packed, self.geometry(self.groups), numbers)
+
+    def geometry(self, groups: int) -> Geometry:
+        """How the convolution reads its input, for some of its groups or all."""
+        sizes = self.kernel, self.stride, self.padding, self.dilation, self.spatial
+        return Geometry(*sizes, groups)
 
     def _choose(
         self, tensor: Tensor, dim: int, indices: Tensor, weights: Tensor | None = None
@@ -156,58 +150,36 @@ class Convolution(Bilinear):
         )  # fmt: skip
 
 
-def _plane(sizes: Sizes, filler: int) -> Sizes:
-    return (filler, *sizes) if len(sizes) == 1 else sizes
-
-
 class RoundedConvolution(Convolution):
-    """A convolution as matrix products over its positions, group by group, computed elsewhere in low precision."""
+    """A convolution whose backward products are computed elsewhere, in low precision."""
 
-    def __init__(self, exact: Convolution, products: Source) -> None:
+    def __init__(self, exact: Convolution, source: Source) -> None:
         values = {field.name: getattr(exact, field.name) for field in fields(exact)}
         super().__init__(**values)
-        object.__setattr__(self, "products", products)
+        object.__setattr__(self, "source", source)
 
-    products: Source
-
-    def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
-        parts = zip(cotangent.chunk(self.groups, 1), weight.chunk(self.groups))
-        return torch.cat([self._vjps(g, None, w)[0] for g, w in parts], 1)
-
-    def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
-        parts = zip(cotangent.chunk(self.groups, 1), x.chunk(self.groups, 1))
-        return torch.cat([self._vjps(g, xi, None)[1] for g, xi in parts])
+    source: Source
 
     def vjps(
         self, cotangent: Tensor, x: Tensor, weight: Tensor, with_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        tensors = (
-            cotangent.chunk(self.groups, 1),
-            x.chunk(self.groups, 1),
-            weight.chunk(self.groups),
-        )
-        results = [self._vjps(*parts) for parts in zip(*tensors)]
-        below = torch.cat([part for part, _ in results], 1)
-        at_weight = torch.cat([part for _, part in results])
+        geometry = self.geometry(self.groups)
+        below, at_weight = self.source.convolution_vjps(cotangent, x, weight, geometry)
+        assert below is not None
+        assert at_weight is not None
         return below, at_weight, self.bias_vjp(cotangent) if with_bias else None
 
-    def _vjps(self, cotangent: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Any, Any]:
-        """Of one group."""
-        samples = cotangent.shape[0]
-        if not samples:  # which unfolding refuses; there is nothing to round
-            return (
-                None if weight is None else self._input_vjp(cotangent, weight, 1),
-                None if x is None else self._weight_vjp(cotangent, x, 1),
-            )
-        g = cotangent.flatten(2).transpose(1, 2).flatten(0, 1)
-        columns = None if x is None else self.unfold(x)
-        flat = None if weight is None else weight.flatten(1)
-        below, at_weight, _ = self.products.vjps(g, columns, flat)
-        if below is not None:
-            below = self.fold(below, samples)
-        if at_weight is not None:
-            at_weight = at_weight.unflatten(1, (-1, *self.kernel))
-        return below, at_weight
+    def _input_vjp(self, cotangent: Tensor, weight: Tensor, groups: int) -> Tensor:
+        geometry = self.geometry(groups)
+        below = self.source.convolution_vjps(cotangent, None, weight, geometry)[0]
+        assert below is not None
+        return below
+
+    def _weight_vjp(self, cotangent: Tensor, x: Tensor, groups: int) -> Tensor:
+        geometry = self.geometry(groups)
+        at_weight = self.source.convolution_vjps(cotangent, x, None, geometry)[1]
+        assert at_weight is not None
+        return at_weight
 
 
 @dataclass(frozen=True)
@@ -224,7 +196,7 @@ class TransposedConvolution(Convolution):
             self.dilation,
         )  # fmt: skip
 
-    def with_products(self, products: Source) -> Bilinear | None:
+    def with_products(self, source: Source) -> Bilinear | None:
         return None
 
     def _backward(
@@ -268,22 +240,6 @@ class PointwiseConvolution(Linear):
 
     def column_gram(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         return super().column_gram(cotangent, weight.flatten(1))
-
-
-def _folded_shape(
-    columns: Tensor, spatial: Sizes, kernel: Sizes, dilation: Sizes, padding: Sizes, stride: Sizes
-) -> Tensor:
-    channels = columns.shape[1] // (kernel[0] * kernel[1])
-    return columns.new_empty(columns.shape[0], channels, spatial[0], spatial[1])
-
-
-# Opaque: inductor would accumulate by index.
-_fold = operator(
-    "fold(Tensor columns, SymInt[] spatial, int[] kernel, int[] dilation, int[] padding, int[] stride)"
-    " -> Tensor",
-    F.fold,
-    _folded_shape,
-)
 
 
 def bilinear_convolution(
@@ -423,12 +379,19 @@ def _convolve(
     kernel, dilation = tuple(weight.shape[2:]), _sizes(dilation, dims)
     if isinstance(padding, str):
         x, padding = _explicit_padding(x, kernel, dilation, padding)
-    make = bilinear_convolution if sketch.needs_rows else Convolution
+    make = bilinear_convolution if sketch.needs_rows or _is_channels_last(x) else Convolution
     op = make(
         kernel, _sizes(stride, dims), _sizes(padding, dims), dilation,
         groups=groups, spatial=tuple(x.shape[2:]),
     )  # fmt: skip
     return apply(op, x, weight, bias, sketch)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether the positions are the rows of a matrix as it lies in memory."""
+    if x.ndim != 4 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _sizes(value: int | Sizes, dims: int) -> Sizes:

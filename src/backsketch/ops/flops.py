@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,17 @@ def _eight_bit_vjps(
     return int(Int8().work()[0] * 2 * g[0] * g[1] * width * products)
 
 
+def _eight_bit_convolution(
+    g: Shape, x: Shape | None, weight: Shape | None, codes: Shape | None, scales: Shape | None, seed: Any,
+    stream: Any, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, spatial: Any, groups: int,
+    **_: Any,
+) -> int:  # fmt: skip
+    inputs = (x, groups), (codes, groups), (weight, 1)
+    channels = next(shape[1] // parts for shape, parts in inputs if shape is not None)
+    products = (weight is not None) + (x is not None or codes is not None)
+    return int(Int8().work()[0] * 2 * prod(g) * channels * prod(kernel) * products)
+
+
 def _head_gradients(
     cotangent: Shape, x: Shape, weight: Shape, bias: Any, targets: Any, lse: Any, scores: Any, seed: Any,
     keep: float, is_int8: bool, need_x: bool, need_weight: bool, *_: Any, **__: Any,
@@ -40,6 +52,8 @@ COUNTS: Mapping[Any, Callable[..., int]] = MappingProxyType(
     {
         torch.ops.backsketch.int8_vjps: _eight_bit_vjps,
         torch.ops.backsketch.float8_vjps: _eight_bit_vjps,
+        torch.ops.backsketch.int8_convolution: _eight_bit_convolution,
+        torch.ops.backsketch.float8_convolution: _eight_bit_convolution,
         torch.ops.backsketch.head_gradients: _head_gradients,
     }
 )

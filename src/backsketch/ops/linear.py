@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backsketch import products
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
-from backsketch.products import Source
+from backsketch.products import Packed, Source
 from backsketch.theory import variance
 
 __all__ = ["Linear", "TransposedLinear", "grouped_linear", "linear", "transposed_linear"]
@@ -21,7 +22,6 @@ __all__ = ["Linear", "TransposedLinear", "grouped_linear", "linear", "transposed
 class Linear(Bilinear):
     """``Z = X Wᵀ + b`` with X ``(rows, in)``, W ``(out, in)``: the products are ``G W`` and ``Gᵀ X``."""
 
-    is_matrix = True
     gram_rows: ClassVar[int] = 4096
     pair_rows: ClassVar[int] = 4096
 
@@ -40,8 +40,14 @@ class Linear(Bilinear):
     def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
         return cotangent.T @ x
 
-    def with_products(self, products: Source) -> Bilinear | None:
-        return RoundedLinear(self, products)
+    def with_products(self, source: Source) -> Bilinear | None:
+        return RoundedLinear(self, source)
+
+    def pack(self, x: Tensor, seed: Tensor, numbers: str) -> Packed:
+        return products.pack(self.rows(x), seed, numbers=numbers)
+
+    def unpack(self, packed: Packed, cotangent: Tensor, numbers: str) -> Tensor:
+        return products.unpack(packed, cotangent.shape[0], numbers)
 
     def row_gram(self, cotangent: Tensor, x: Tensor) -> Tensor:
         g, x = cotangent.double(), x.double()
@@ -58,8 +64,8 @@ class Linear(Bilinear):
 class RoundedLinear(Linear):
     """A linear layer whose backward products are computed elsewhere, in low precision."""
 
-    def __init__(self, exact: Linear, products: Source) -> None:
-        self.exact, self.products = exact, products
+    def __init__(self, exact: Linear, source: Source) -> None:
+        self.exact, self.source = exact, source
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.exact.forward(x, weight, bias)
@@ -71,12 +77,12 @@ class RoundedLinear(Linear):
         return self.exact.unrows(grad_input, shape)
 
     def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
-        below = self.products.vjps(cotangent, None, weight.flatten(1))[0]
+        below = self.source.vjps(cotangent, None, weight.flatten(1))[0]
         assert below is not None
         return below
 
     def weight_vjp(self, cotangent: Tensor, x: Tensor) -> Tensor:
-        at_weight = self.products.vjps(cotangent, x, None)[1]
+        at_weight = self.source.vjps(cotangent, x, None)[1]
         assert at_weight is not None
         return at_weight
 
@@ -84,7 +90,7 @@ class RoundedLinear(Linear):
         self, cotangent: Tensor, x: Tensor, weight: Tensor, with_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         flat = weight.flatten(1)
-        below, at_weight, at_bias = self.products.vjps(cotangent, x, flat, with_bias=with_bias)
+        below, at_weight, at_bias = self.source.vjps(cotangent, x, flat, with_bias=with_bias)
         assert below is not None
         assert at_weight is not None
         return below, at_weight, at_bias

@@ -28,6 +28,7 @@ from backsketch.estimators import (
     Split,
     StoredRows,
 )
+from backsketch.products import Geometry
 from backsketch.products import eager as eight_bit
 from backsketch.products.numbers import NUMBERS, Numbers
 from backsketch.sampling import Sample, draw, key_of, num_kept, uniform_like
@@ -199,7 +200,7 @@ class _SlowProducts:
     def __init__(self, seed: Tensor, numbers: Numbers) -> None:
         self.seed, self.calls, self.numbers = seed, [1000, 1000], numbers
 
-    def vjps(self, g: Tensor, x: Any, weight: Any, **_: Any) -> tuple[Any, Any, Any]:
+    def vjps(self, g: Tensor, x: Any, weight: Any, with_bias: bool = False) -> tuple[Any, Any, Any]:
         self.calls[weight is None] += 1
         keys = [key_of(self.seed, 4 * self.calls[weight is None] + i) for i in range(3)]
         codes, steps = eight_bit.round_by_rows(g, keys[0], self.numbers)
@@ -216,6 +217,46 @@ class _SlowProducts:
                 at_weight += codes[rows].double().T @ (of_x * column * steps[rows].max()).double()
         below, at_weight = (None if t is None else t.to(g.dtype) for t in (below, at_weight))
         return below, at_weight, None
+
+    def convolution_vjps(
+        self, g: Tensor, x: Any, weight: Any, geometry: Geometry
+    ) -> tuple[Any, Any]:
+        self.calls[weight is None] += 1
+        keys = [key_of(self.seed, 4 * self.calls[weight is None] + i) for i in range(4)]
+        below = at_weight = None
+        if weight is not None:
+            wide = [
+                self._by_slices(g, _dither(g, keys[0]), lambda t: [p for s in t for p in s.chunk(geometry.groups)]),
+                self._by_slices(
+                    weight,
+                    eight_bit.dither(range(len(weight)), weight[0].numel(), keys[1], g.device).view_as(weight),
+                    lambda t: [c for p in t.chunk(geometry.groups) for c in p.unbind(1)],
+                ),
+            ]  # fmt: skip
+            below = geometry.input_vjp(*wide).to(g.dtype)
+        if x is not None:
+            blocks = geometry.samples_of_block()
+            wide = [
+                self._by_slices(t, _dither(t, key), lambda t: [c for b in t.split(blocks) for c in b.unbind(1)])
+                for t, key in ((g, keys[3]), (x, keys[2]))
+            ]  # fmt: skip
+            at_weight = geometry.weight_vjp(*wide).to(g.dtype)
+        return below, at_weight
+
+    def _by_slices(
+        self, x: Tensor, dither: Tensor, slices: Callable[[Tensor], list[Tensor]]
+    ) -> Tensor:
+        """``x`` rounded and restored, float64; each of its slices, which are views, has a scale of its own."""
+        result = torch.empty_like(x, dtype=torch.float64)
+        for to, part, bits in zip(slices(result), slices(x), slices(dither)):
+            scale, rate = self.numbers.scale(part.abs().max())
+            to.copy_(self.numbers.round(part, rate, bits) * scale)
+        return result
+
+
+def _dither(x: Tensor, key: tuple[int, int]) -> Tensor:
+    rows = x.flatten(0, 1).flatten(1)
+    return eight_bit.dither(range(len(rows)), rows.shape[1], key, x.device).view_as(x)
 
 
 def _eight_bit(

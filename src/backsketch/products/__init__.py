@@ -13,7 +13,8 @@ exact. The two backward products of a linear layer share one rounding of the cot
 
 where the sum over blocks is one of float32. A row of small cotangents has a small step of its own; a row of zeros
 stays zero. Where the input was rounded in the forward pass (:func:`pack`), before s was known, the cotangent is
-rounded a second time for ``grad_weight``, by block and column.
+rounded a second time for ``grad_weight``, by block and column. What a convolution does is told in
+:mod:`backsketch.products.convolution`.
 
 That is ``int8``. In ``float8`` the levels are floating-point numbers (e4m3), scales are powers of two, and one
 block has all rows: :mod:`backsketch.products.numbers` holds both sets of numbers.
@@ -26,30 +27,50 @@ whole: it reaches the gradients.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from backsketch.products import convolution as images
 from backsketch.products import eager, gpu, native
+from backsketch.products.convolution import Geometry
 from backsketch.products.numbers import NUMBERS, has_float8_product
 from backsketch.sampling import key_of, operator
 
-__all__ = ["Products", "Source", "is_fast", "pack", "unpack", "vjps", "why_slow"]
+__all__ = [
+    "Geometry",
+    "Packed",
+    "Products",
+    "Source",
+    "convolution_vjps",
+    "is_fast",
+    "pack",
+    "pack_images",
+    "unpack",
+    "unpack_images",
+    "vjps",
+    "why_slow",
+]
+
+
+class Packed(NamedTuple):
+    """An input as the codes that a product reads, with the scales of its blocks (and what else it needs)."""
+
+    codes: Tensor
+    scales: Tensor
 
 
 class Source(Protocol):
-    """Where a layer gets its backward products from; see :func:`vjps` for the arguments."""
+    """Where a layer gets its backward products from: the functions of these names, without the seed."""
 
     def vjps(
-        self,
-        g: Tensor,
-        x: Tensor | None,
-        weight: Tensor | None,
-        *,
-        packed: tuple[Tensor, Tensor] | None = None,
-        with_bias: bool = False,
+        self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, with_bias: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def convolution_vjps(
+        self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, geometry: Geometry
+    ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 class Products:
@@ -64,29 +85,28 @@ class Products:
         self._seed, self._stream, self._numbers = seed, _FIRST_STREAM, numbers
 
     def vjps(
-        self,
-        g: Tensor,
-        x: Tensor | None,
-        weight: Tensor | None,
-        *,
-        packed: tuple[Tensor, Tensor] | None = None,
-        with_bias: bool = False,
+        self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, with_bias: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See :func:`vjps`."""
+        return vjps(g, x, weight, self._seed, with_bias=with_bias, **self._next())
+
+    def convolution_vjps(
+        self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, geometry: Geometry
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See :func:`convolution_vjps`."""
+        return convolution_vjps(g, x, weight, geometry, self._seed, **self._next())
+
+    def _next(self) -> dict[str, Any]:
         self._stream += 1
-        return vjps(
-            g, x, weight, self._seed, packed=packed, with_bias=with_bias,
-            stream=self._stream, numbers=self._numbers,
-        )  # fmt: skip
+        return {"stream": self._stream, "numbers": self._numbers}
 
 
 def vjps(
     g: Tensor,
-    x: Tensor | None,
+    x: Tensor | Packed | None,
     weight: Tensor | None,
     seed: Tensor,
     *,
-    packed: tuple[Tensor, Tensor] | None = None,
     with_bias: bool = False,
     stream: int = 0,
     numbers: str = "int8",
@@ -95,41 +115,101 @@ def vjps(
 
     Args:
         g: ``(rows, out)`` cotangent.
-        x: ``(rows, in)``, or None where ``packed`` is given or ``grad_weight`` is not wanted.
+        x: ``(rows, in)`` or what :func:`pack` made of it; None where ``grad_weight`` is not wanted.
         weight: ``(out, in)``, or None where ``grad_input`` is not wanted.
         seed: of the backward pass (:func:`backsketch.sampling.next_seed`).
-        packed: what :func:`pack` returned of x.
         with_bias: whether the gradient of the bias is wanted.
         stream: an integer that makes several products from one seed independent.
-        numbers: ``"int8"`` or ``"float8"``; the same as of ``packed``.
+        numbers: ``"int8"`` or ``"float8"``; the same as of a packed x.
 
     Returns:
         ``(rows, in)``, ``(out, in)`` and ``(out,)`` in the dtype of g, None for what is not wanted.
     """
-    codes, stats = packed or (None, None)
-    wanted = weight is not None, x is not None or packed is not None, with_bias
-    results = _OPERATORS[numbers][0](g, x, weight, codes, stats, seed, stream, with_bias)
+    wanted = weight is not None, x is not None, with_bias
+    x, codes, scales = _three(x)
+    results = _OPERATORS[numbers].vjps(g, x, weight, codes, scales, seed, stream, with_bias)
     below, at_weight, at_bias = (r if want else None for r, want in zip(results, wanted))
     return below, at_weight, at_bias
 
 
-def pack(x: Tensor, seed: Tensor, stream: int = 0, numbers: str = "int8") -> tuple[Tensor, Tensor]:
-    """The codes of ``x`` ``(rows, in)``, rows > 0, as :func:`vjps` reads them, and their scales.
+def convolution_vjps(
+    g: Tensor,
+    x: Tensor | Packed | None,
+    weight: Tensor | None,
+    geometry: Geometry,
+    seed: Tensor,
+    *,
+    stream: int = 0,
+    numbers: str = "int8",
+) -> tuple[Tensor | None, Tensor | None]:
+    """Unbiased estimates of both products of a convolution from 8-bit operands.
+
+    Args:
+        g: ``(samples, out, *positions)`` cotangent.
+        x: ``(samples, in, *spatial)`` or what :func:`pack_images` made of it; None where ``grad_weight`` is not
+            wanted.
+        weight: ``(out, in / groups, *kernel)``, or None where ``grad_input`` is not wanted.
+        geometry: of the convolution.
+        seed, stream, numbers: as in :func:`vjps`.
+
+    Returns:
+        ``(samples, in, *spatial)`` and ``(out, in / groups, *kernel)`` in the dtype of g, None for what is not
+        wanted.
+    """
+    wanted = weight is not None, x is not None
+    x, codes, scales = _three(x)
+    below, at_weight = _OPERATORS[numbers].convolution(
+        g, x, weight, codes, scales, seed, stream, *_lists(geometry)
+    )
+    return below if wanted[0] else None, at_weight if wanted[1] else None
+
+
+def _three(x: Tensor | Packed | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, *x) if isinstance(x, Packed) else (x, None, None)
+
+
+def _lists(geometry: Geometry) -> tuple[Any, ...]:
+    lists = (
+        geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, geometry.spatial,
+    )  # fmt: skip
+    return (*map(list, lists), geometry.groups)
+
+
+def pack(x: Tensor, seed: Tensor, stream: int = 0, numbers: str = "int8") -> Packed:
+    """The codes of ``x`` ``(rows, in)`` as :func:`vjps` reads them, and their scales.
 
     Returns:
         uint8 ``(rows rounded up to 4, in rounded up to 16)`` and ``(ceil(rows / 256), 2, in)``; one block
         of all rows where the numbers are floats.
     """
-    packed: tuple[Tensor, Tensor] = _OPERATORS[numbers][1](x, seed, stream)
-    return packed
+    return Packed(*_OPERATORS[numbers].pack(x, seed, stream))
 
 
-def unpack(packed: tuple[Tensor, Tensor], rows: int, numbers: str = "int8") -> Tensor:
+def unpack(packed: Packed, rows: int, numbers: str = "int8") -> Tensor:
     """``(rows, in)``: the rounded tensor of which :func:`pack` kept the codes, in the dtype of its scales."""
     codes, stats = packed
     own = NUMBERS[numbers]
-    scales = stats[:, 0].repeat_interleave(min(own.block, rows), 0)[:rows]
+    scales = stats[:, 0].repeat_interleave(min(own.block, max(rows, 1)), 0)[:rows]
     return eager.unpack(codes, rows, stats.shape[2], own) * scales
+
+
+def pack_images(
+    x: Tensor, geometry: Geometry, seed: Tensor, stream: int = 0, numbers: str = "int8"
+) -> Packed:
+    """The codes of ``x`` ``(samples, in, *spatial)`` as :func:`convolution_vjps` reads them.
+
+    Returns:
+        uint8 in the shape of x and the scales, ``(blocks of samples, in)``.
+    """
+    return Packed(*_OPERATORS[numbers].pack_images(x, seed, stream, *_lists(geometry)))
+
+
+def unpack_images(packed: Packed, geometry: Geometry, numbers: str = "int8") -> Tensor:
+    """The rounded tensor of which :func:`pack_images` kept the codes, in the dtype of its scales."""
+    codes, scales = packed
+    each = scales.repeat_interleave(geometry.samples_of_block(), 0)[: codes.shape[0]]
+    values = NUMBERS[numbers].decode(codes).to(scales.dtype)
+    return values * each.view(*each.shape, *[1] * (codes.ndim - 2))
 
 
 def is_fast(device: torch.device | str = "cpu", numbers: str = "int8") -> bool:
@@ -177,6 +257,8 @@ class _Eager:
     def __init__(self, numbers: str) -> None:
         self.vjps = partial(eager.vjps, numbers=NUMBERS[numbers])
         self.pack = partial(eager.pack, numbers=NUMBERS[numbers])
+        self.convolution_vjps = partial(images.convolution_vjps, numbers=NUMBERS[numbers])
+        self.pack_images = partial(images.pack, numbers=NUMBERS[numbers])
 
 
 def _implementation(g: Tensor, numbers: str) -> tuple[Any, torch.dtype]:
@@ -196,26 +278,27 @@ def _implementation(g: Tensor, numbers: str) -> tuple[Any, torch.dtype]:
     return _Eager(numbers), wide
 
 
+def _images_implementation(g: Tensor, numbers: str, fits: bool) -> tuple[Any, torch.dtype]:
+    """The same for convolutions, which have kernels on the CPU alone."""
+    run, dtype = _implementation(g, numbers)
+    if fits and g.device.type == "cpu":
+        return run, dtype
+    return _Eager(numbers), torch.promote_types(g.dtype, torch.float32)
+
+
 def _vjps_impl(
     numbers: str, g: Tensor, x: Tensor | None, weight: Tensor | None, codes: Tensor | None, stats: Tensor | None,
     seed: Tensor, stream: int, with_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if g.shape[0] == 0:
+        shapes = _vjps_fake(g, x, weight, codes, stats, seed, stream, with_bias)
+        below, at_weight, at_bias = map(torch.zeros_like, shapes)
+        return below, at_weight, at_bias
     run, dtype = _implementation(g, numbers)
     same = [None if t is None else t.to(dtype).contiguous() for t in (g, x, weight)]
-    keys = tuple(key_of(seed, _STREAMS * stream + i) for i in range(_STREAMS))
     packed = None if codes is None else (codes, stats)
-    if g.shape[0] == 0:
-        return _nothing(g, x, weight, stats, with_bias)
-    results = run.vjps(*same, packed, keys, with_bias)
+    results = run.vjps(*same, packed, _keys(seed, stream), with_bias)
     below, at_weight, at_bias = (g.new_empty(0) if r is None else r.to(g.dtype) for r in results)
-    return below, at_weight, at_bias
-
-
-def _nothing(
-    g: Tensor, x: Tensor | None, weight: Tensor | None, stats: Tensor | None, with_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = _vjps_fake(g, x, weight, None, stats, g, 0, with_bias)
-    below, at_weight, at_bias = (g.new_zeros(s.shape) for s in shapes)
     return below, at_weight, at_bias
 
 
@@ -231,6 +314,9 @@ def _vjps_fake(
 
 
 def _pack_impl(numbers: str, x: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    if not x.numel():
+        codes, stats = map(torch.zeros_like, _pack_fake(numbers, x, seed, stream))
+        return codes, stats
     run, dtype = _implementation(x, numbers)
     codes, stats = run.pack(x.to(dtype).contiguous(), key_of(seed, stream))
     return codes, stats
@@ -244,9 +330,86 @@ def _pack_fake(numbers: str, x: Tensor, seed: Tensor, stream: int) -> tuple[Tens
     )
 
 
-def _operators(numbers: str) -> tuple[Any, Any]:
-    """The operators that multiply and pack."""
-    return (
+def _convolution_impl(
+    numbers: str, g: Tensor, x: Tensor | None, weight: Tensor | None, codes: Tensor | None, scales: Tensor | None,
+    seed: Tensor, stream: int, *lists: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    below, at_weight = _convolution_fake(g, x, weight, codes, scales, seed, stream, *lists)
+    if not g.numel():
+        return below.zero_(), at_weight.zero_()
+    geometry = Geometry(*lists).plane()
+    run, dtype = _images_implementation(g, numbers, geometry.fits_integers(g.shape[1]))
+    codes, x = (t if t is None else geometry.planes(t) for t in (codes, x))
+    weight = weight if weight is None else geometry.taps(weight)
+    operands = (geometry.planes(g), x, weight)
+    same = [None if t is None else t.to(dtype).contiguous() for t in operands]
+    packed = None if codes is None else (codes, scales)
+    results = run.convolution_vjps(*same, packed, _keys(seed, stream), geometry)
+    shaped = [
+        to if r is None else r.to(to.dtype).view(to.shape)
+        for r, to in zip(results, (below, at_weight))
+    ]
+    return shaped[0], shaped[1]
+
+
+def _convolution_fake(
+    g: Tensor, x: Tensor | None, weight: Tensor | None, codes: Tensor | None, scales: Tensor | None,
+    seed: Tensor, stream: int, kernel: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], spatial: list[int], groups: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, o = g.shape[:2]
+    whole = x if x is not None else codes
+    below = at_weight = g.new_empty(0)
+    if weight is not None:
+        below = g.new_empty(n, weight.shape[1] * groups, *spatial)
+    if whole is not None:
+        at_weight = g.new_empty(o, whole.shape[1] // groups, *kernel)
+    return below, at_weight
+
+
+def _pack_images_impl(
+    numbers: str, x: Tensor, seed: Tensor, stream: int, *lists: Any
+) -> tuple[Tensor, Tensor]:
+    if not x.numel():
+        codes, scales = map(torch.zeros_like, _pack_images_fake(x, seed, stream, *lists))
+        return codes, scales
+    geometry = Geometry(*lists).plane()
+    planes = geometry.planes(x)
+    run, dtype = _images_implementation(x, numbers, planes.ndim == 4)
+    codes, scales = run.pack_images(planes.to(dtype).contiguous(), key_of(seed, stream), geometry)
+    return codes.view(x.shape), scales
+
+
+def _pack_images_fake(x: Tensor, seed: Tensor, stream: int, *lists: Any) -> tuple[Tensor, Tensor]:
+    together = Geometry(*lists).samples_of_block()
+    blocks = (x.shape[0] + together - 1) // together
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(
+        x, dtype=torch.uint8, memory_format=torch.contiguous_format
+    ), x.new_empty(blocks, x.shape[1], dtype=wide)
+
+
+def _keys(seed: Tensor, stream: int) -> tuple[eager.Key, eager.Key, eager.Key, eager.Key]:
+    first, second, third, fourth = (key_of(seed, _STREAMS * stream + i) for i in range(_STREAMS))
+    return first, second, third, fourth
+
+
+class _Operators(NamedTuple):
+    """Those of one set of numbers."""
+
+    vjps: Any
+    pack: Any
+    convolution: Any
+    pack_images: Any
+
+
+_GEOMETRY = (
+    "int[] kernel, int[] stride, int[] padding, int[] dilation, SymInt[] spatial, int groups"
+)
+
+
+def _operators(numbers: str) -> _Operators:
+    return _Operators(
         operator(
             f"{numbers}_vjps(Tensor g, Tensor? x, Tensor? weight, Tensor? codes, Tensor? stats, Tensor seed,"
             " int stream, bool with_bias) -> (Tensor, Tensor, Tensor)",
@@ -257,6 +420,17 @@ def _operators(numbers: str) -> tuple[Any, Any]:
             f"{numbers}_pack(Tensor x, Tensor seed, int stream) -> (Tensor, Tensor)",
             partial(_pack_impl, numbers),
             partial(_pack_fake, numbers),
+        ),
+        operator(
+            f"{numbers}_convolution(Tensor g, Tensor? x, Tensor? weight, Tensor? codes, Tensor? scales, Tensor seed,"
+            f" int stream, {_GEOMETRY}) -> (Tensor, Tensor)",
+            partial(_convolution_impl, numbers),
+            _convolution_fake,
+        ),
+        operator(
+            f"{numbers}_pack_images(Tensor x, Tensor seed, int stream, {_GEOMETRY}) -> (Tensor, Tensor)",
+            partial(_pack_images_impl, numbers),
+            _pack_images_fake,
         ),
     )
 

@@ -11,12 +11,23 @@ from torch import Tensor
 from backsketch.products.numbers import BLOCK, INT8, Numbers, depth_of, up
 from backsketch.rounding import eager as rounding
 
-__all__ = ["BLOCK", "depth_of", "pack", "round_by_columns", "round_by_rows", "unpack", "up", "vjps"]
+__all__ = [
+    "BLOCK",
+    "depth_of",
+    "dither",
+    "magnitude",
+    "pack",
+    "round_by_columns",
+    "round_by_rows",
+    "unpack",
+    "up",
+    "vjps",
+]
 
 Key = tuple[int, int]
 
 
-def _dither(rows: range, columns: int, key: Key, device: torch.device) -> Tensor:
+def dither(rows: range, columns: int, key: Key, device: torch.device) -> Tensor:
     """``(rows, columns)`` random integers below 65536 (int32): pure functions of row, column and key."""
     words = up(columns, 32) // 2
     first = rows.start * words
@@ -26,25 +37,26 @@ def _dither(rows: range, columns: int, key: Key, device: torch.device) -> Tensor
     return halves.flatten(1)[:, :columns]
 
 
-def _largest(x: Tensor, dim: int) -> Tensor:
+def magnitude(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The largest absolute entry of each group along ``dim``, which stays; NaN where there is one."""
     largest = x.abs().amax(dim, keepdim=True)
     return torch.where(x.isnan().any(dim, keepdim=True), torch.nan, largest)
 
 
 def round_by_rows(x: Tensor, key: Key, numbers: Numbers = INT8) -> tuple[Tensor, Tensor]:
     """Codes of ``(rows, columns)`` and a scale for each row ``(rows, 1)``: ``E[codes * scales] = x``."""
-    scale, rate = numbers.scale(_largest(x, 1))
-    dither = _dither(range(x.shape[0]), x.shape[1], key, x.device)
-    return numbers.round(x, rate, dither), scale
+    scale, rate = numbers.scale(magnitude(x, 1))
+    bits = dither(range(x.shape[0]), x.shape[1], key, x.device)
+    return numbers.round(x, rate, bits), scale
 
 
 def round_by_columns(
     x: Tensor, key: Key, first_row: int = 0, numbers: Numbers = INT8
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``(rows, columns)`` and a scale for each column ``(columns,)``."""
-    scale, rate = numbers.scale(_largest(x, 0))
+    scale, rate = numbers.scale(magnitude(x, 0))
     rows = range(first_row, first_row + x.shape[0])
-    return numbers.round(x, rate, _dither(rows, x.shape[1], key, x.device)), scale[0]
+    return numbers.round(x, rate, dither(rows, x.shape[1], key, x.device)), scale[0]
 
 
 def pack(x: Tensor, key: Key, numbers: Numbers = INT8) -> tuple[Tensor, Tensor]:
@@ -115,7 +127,7 @@ def _weight_vjp(codes: Tensor, scale: Tensor, x: Tensor, key: Key, numbers: Numb
     """The rows of x take the scales of the rows of g with them, relative to the largest of their block."""
     total: Tensor | None = None
     for block in numbers.blocks(x.shape[0]):
-        largest = _largest(scale[block], 0)
+        largest = magnitude(scale[block], 0)
         factor = torch.where(largest == 0, 0.0, scale[block] / largest)
         of_x, column = round_by_columns(x[block] * factor, key, block.start, numbers)
         product = numbers.product(codes[block].T, of_x, x.dtype)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from backsketch.native import Source
-from backsketch.products import eager
+from backsketch.products import convolution, eager
+from backsketch.products.convolution import Geometry
 
 __all__ = ["SOURCE", "Kernels", "library"]
 
@@ -45,7 +47,7 @@ class Kernels:
         codes, stats = packed or (None, None)
         done = self._library.backsketch_int8_vjps(
             _at(g), _at(x), _at(weight), _at(codes), _at(stats), _i64(n), _i64(o), _i64(j),
-            (ctypes.c_uint32 * 8)(*(word for key in keys for word in key)), _is_bfloat(g),
+            _words(keys), _is_bfloat(g),
             _at(grad_input), _at(grad_weight), _at(grad_bias), _threads(n * o * max(j, 1)),
         )  # fmt: skip
         if not done:
@@ -63,8 +65,67 @@ class Kernels:
         )  # fmt: skip
         return codes, stats
 
+    def convolution_vjps(
+        self,
+        g: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        packed: tuple[Tensor, Tensor] | None,
+        keys: tuple[eager.Key, ...],
+        geometry: Geometry,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See :func:`backsketch.products.convolution.convolution_vjps`; the results are float32."""
+        n, o = g.shape[:2]
+        codes, steps = packed or (None, None)
+        inner = _inner_channels(x, weight, codes, geometry)
+        c = inner * geometry.groups
+        below = None if weight is None else torch.empty(n, c, *geometry.spatial)
+        wanted = x is not None or packed is not None
+        at_weight = torch.empty(o, inner, *geometry.kernel) if wanted else None
+        done = self._library.backsketch_int8_convolution(
+            _at(g), _at(x), _at(weight), _at(codes), _at(steps), _sizes(n, c, o, geometry), _words(keys),
+            _is_bfloat(g), _at(below), _at(at_weight), _threads(g.numel() * inner * prod(geometry.kernel)),
+        )  # fmt: skip
+        if not done:
+            raise MemoryError("no memory for the codes of an 8-bit convolution")
+        return below, at_weight
+
+    def pack_images(self, x: Tensor, key: eager.Key, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """See :func:`backsketch.products.convolution.pack`."""
+        n, c = x.shape[:2]
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        steps = torch.empty(-(-n // geometry.samples_of_block()), c)
+        first, second = (ctypes.c_uint32(word) for word in key)
+        self._library.backsketch_int8_pack_images(
+            _at(x), _sizes(n, c, 1, geometry), first, second, _is_bfloat(x), _at(codes), _at(steps),
+            _threads(64 * x.numel()),
+        )  # fmt: skip
+        return codes, steps
+
 
 _i64 = ctypes.c_int64
+
+
+def _words(keys: tuple[eager.Key, ...]) -> ctypes.Array[ctypes.c_uint32]:
+    return (ctypes.c_uint32 * 8)(*(word for key in keys for word in key))
+
+
+def _inner_channels(
+    x: Tensor | None, weight: Tensor | None, codes: Tensor | None, geometry: Geometry
+) -> int:
+    """Input channels of a group."""
+    if weight is not None:
+        return weight.shape[1]
+    images = x if x is not None else codes
+    return 0 if images is None else images.shape[1] // geometry.groups
+
+
+def _sizes(n: int, c: int, o: int, geometry: Geometry) -> ctypes.Array[ctypes.c_int64]:
+    axes = zip(
+        geometry.spatial, geometry.outputs(), geometry.kernel,
+        geometry.stride, geometry.padding, geometry.dilation,
+    )  # fmt: skip
+    return (_i64 * 16)(n, c, o, geometry.groups, *(size for axis in axes for size in axis))
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p | None:
@@ -100,12 +161,19 @@ def agrees(kernels: Kernels) -> bool:
     )
     keys = ((1, 2), (3, 4), (5, 6), (7, 8))
     cases = [(x, None), (None, kernels.pack(x, keys[2]))]
-    return all(
-        torch.equal(a, b)
-        for own, packed in cases
-        for a, b in zip(
-            kernels.vjps(g, own, weight, packed, keys, False)[:2],
-            eager.vjps(g, own, weight, packed, keys, False)[:2],
-        )
-        if a is not None and b is not None
+    geometry = Geometry((3, 2), (1, 2), (1, 0), (1, 1), (9, 12))
+    extremes = (
+        torch.randint(2, (2 * 9 * (5 * 12 + 7 * 6) + 7 * 5 * 6,), generator=generator) * 2.0 - 1
     )
+    images, g4, w4 = extremes.split([2 * 5 * 9 * 12, 2 * 7 * 9 * 6, 7 * 5 * 6])
+    convolved = g4.view(2, 7, 9, 6), images.view(2, 5, 9, 12), w4.view(7, 5, 3, 2), None, keys
+    pairs = [
+        *zip(
+            kernels.convolution_vjps(*convolved, geometry),
+            convolution.convolution_vjps(*convolved, geometry),
+        )
+    ]
+    for own, packed in cases:
+        arguments = g, own, weight, packed, keys, False
+        pairs += zip(kernels.vjps(*arguments)[:2], eager.vjps(*arguments)[:2])
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)

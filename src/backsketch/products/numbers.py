@@ -69,6 +69,14 @@ class Numbers(ABC):
     def from_bytes(self, flat: Tensor, rows: int, columns: int) -> Tensor:
         """Undo :meth:`to_bytes`."""
 
+    @abstractmethod
+    def encode(self, codes: Tensor) -> Tensor:
+        """Codes as uint8, in their shape."""
+
+    @abstractmethod
+    def decode(self, encoded: Tensor) -> Tensor:
+        """Undo :meth:`encode`."""
+
     def num_blocks(self, rows: int) -> int:
         """Blocks of rows in ``grad_weight``."""
         return (rows + self.block - 1) // self.block
@@ -139,6 +147,12 @@ class Integers(Numbers):
         codes = torch.cat(panels, 1)[:rows, :columns]
         return codes.contiguous().view(torch.int8).to(torch.int32)
 
+    def encode(self, codes: Tensor) -> Tensor:
+        return (codes + 128).to(torch.uint8)
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        return encoded.to(torch.int32) - 128
+
 
 class Floats(Numbers):
     r"""8-bit floats of the format e4m3, up to 448: three bits of mantissa, spacing :math:`2^{-9}` below 2^-6.
@@ -187,6 +201,12 @@ class Floats(Numbers):
     def from_bytes(self, flat: Tensor, rows: int, columns: int) -> Tensor:
         codes = flat.view(torch.float8_e4m3fn).view(-1, up(columns, 16))
         return codes.to(torch.float32)[:rows, :columns]
+
+    def encode(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        return encoded.view(torch.float8_e4m3fn).to(torch.float32)
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backsketch.products import Geometry, Packed
 from backsketch.products.numbers import NUMBERS
 from backsketch.theory import variance
 
@@ -30,20 +31,45 @@ class Variances:
         self._saved, self._numbers = saved, NUMBERS[numbers]
 
     def vjps(
-        self,
-        g: Tensor,
-        x: Tensor | None,
-        weight: Tensor | None,
-        *,
-        packed: tuple[Tensor, Tensor] | None = None,
-        with_bias: bool = False,
+        self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, with_bias: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Variances of what :func:`backsketch.products.vjps` estimates; zero for the bias."""
+        assert not isinstance(x, Packed)
         g = g.double()
         below = None if weight is None else self._by_rows(g, weight.double())
         rule = self._by_columns if self._saved else self._folded
         at_weight = None if x is None else rule(g, x.double())
         return below, at_weight, g.new_zeros(g.shape[1]) if with_bias else None
+
+    def convolution_vjps(
+        self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, geometry: Geometry
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Variances of what :func:`backsketch.products.convolution_vjps` estimates."""
+        assert not isinstance(x, Packed)
+        g = g.double()
+        below = at_weight = None
+        if weight is not None:
+            w = weight.double()
+            of_g = self._in_channels(g, 1, geometry.groups, (2,))
+            of_w = self._in_channels(w, 0, geometry.groups, (1,))
+            below = geometry.input_vjp(of_g, w.square() + of_w)
+            below = below + geometry.input_vjp(g.square(), of_w)
+        if x is not None:
+            x = x.double()
+            of_g, of_x = (self._by_channel(t, geometry.samples_of_block()) for t in (g, x))
+            at_weight = geometry.weight_vjp(of_g, x.square() + of_x)
+            at_weight = at_weight + geometry.weight_vjp(g.square(), of_x)
+        return below, at_weight
+
+    def _in_channels(self, t: Tensor, dim: int, groups: int, shared: tuple[int, ...]) -> Tensor:
+        """Of each entry of a cotangent or weight, where groups of channels share a scale."""
+        grouped = t.unflatten(dim, (groups, -1))
+        shared = (*shared, *range(3, grouped.ndim))
+        return self._of_entries(grouped, shared).flatten(dim, dim + 1)
+
+    def _by_channel(self, t: Tensor, together: int) -> Tensor:
+        dims = (0, *range(2, t.ndim))
+        return torch.cat([self._of_entries(part, dims) for part in t.split(together)])
 
     def _by_rows(self, g: Tensor, weight: Tensor) -> Tensor:
         """g rounded by row and the weight by column."""
@@ -68,10 +94,10 @@ class Variances:
         ]
         return torch.stack(terms).sum(0)
 
-    def _scale(self, x: Tensor, dim: int) -> Tensor:
+    def _scale(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         return self._numbers.scale(x.abs().amax(dim, keepdim=True))[0]
 
-    def _of_entries(self, x: Tensor, dim: int) -> Tensor:
+    def _of_entries(self, x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """Variance of each entry, rounded in groups along ``dim``."""
         scale = self._scale(x, dim)
         levels = torch.where(scale > 0, x / scale, 0.0)
