@@ -41,7 +41,7 @@ class Moments:
 
     exact: Tensor
     draws: int = 0
-    rounding: float = 0.0
+    rounding: float | Tensor = 0.0
     """Deviation of an entry that is rounding, not bias: both gradients are sums in finite precision."""
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
@@ -51,8 +51,12 @@ class Moments:
     along: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        # Each of two numbers is at most half a unit of its last digit off: much, where digits are few.
+        last_digit = torch.finfo(self.exact.dtype).eps
         self.exact = self.exact.detach().double()
-        self.rounding = max(self.rounding, _RELATIVE_ROUNDING * _largest(self.exact) + 1e-12)
+        least = _RELATIVE_ROUNDING * _largest(self.exact) + 1e-12
+        of_entries = last_digit * self.exact.abs()
+        self.rounding = torch.as_tensor(self.rounding).to(of_entries).clamp(min=least) + of_entries
         self.first, self.second, self.fourth = (torch.zeros_like(self.exact) for _ in range(3))
         generator = torch.Generator().manual_seed(0)
         shape = (_NUM_DIRECTIONS, self.exact.numel())
@@ -353,7 +357,7 @@ def _check_entries(name: str, m: Moments, threshold: float) -> None:
 def _check_directions(name: str, m: Moments, threshold: float) -> None:
     along = torch.cat(m.along)
     mean, error = along.mean(0), along.std(0) / math.sqrt(m.draws)
-    scale = m.directions.abs().sum(1) * m.rounding
+    scale = m.directions.abs() @ torch.as_tensor(m.rounding).expand_as(m.exact).flatten()
     # Directions have no rare events of their own, but inherit those of the entries.
     heavy = along.square().sum(0).square() / along.pow(4).sum(0).clamp(min=1e-300) < _RARE
     rare = torch.where(heavy, threshold**2 * along.abs().amax(0) / m.draws, 0.0)

@@ -226,7 +226,9 @@ class _SlowProducts:
         below = at_weight = None
         if weight is not None:
             wide = [
-                self._by_slices(g, _dither(g, keys[0]), lambda t: [p for s in t for p in s.chunk(geometry.groups)]),
+                self._by_slices(
+                    g, _dither(g, keys[0]), lambda t: [p for s in t for p in s.chunk(geometry.groups)]
+                ),
                 self._by_slices(
                     weight,
                     eight_bit.dither(range(len(weight)), weight[0].numel(), keys[1], g.device).view_as(weight),

@@ -422,8 +422,8 @@ def _operators(numbers: str) -> _Operators:
             partial(_pack_fake, numbers),
         ),
         operator(
-            f"{numbers}_convolution(Tensor g, Tensor? x, Tensor? weight, Tensor? codes, Tensor? scales, Tensor seed,"
-            f" int stream, {_GEOMETRY}) -> (Tensor, Tensor)",
+            f"{numbers}_convolution(Tensor g, Tensor? x, Tensor? weight, Tensor? codes, Tensor? scales,"
+            f" Tensor seed, int stream, {_GEOMETRY}) -> (Tensor, Tensor)",
             partial(_convolution_impl, numbers),
             _convolution_fake,
         ),

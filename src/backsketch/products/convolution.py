@@ -6,9 +6,9 @@ A position of the input meets many positions of the cotangent, which therefore s
     \mathrm{grad\_input}  &\approx s_n\, t_c\, (Q * \tilde W) \\
     \mathrm{grad\_weight} &\approx \sum_b s_{bo}\, t_{bc}\, (Q_b * \tilde X_b)
 
-First, G has a scale for each sample n and group, W for each input channel c. Second, both have one for each channel
-of a block b of samples that hold some 256 positions; the sum over blocks is one of floats. ``convolution.h`` does
-the same arithmetic without unfolding anything; both agree bit for bit in float32.
+First, G has a scale for each sample n and group, W for each input channel c. Second, both have one for each
+channel of a block b of samples that hold some 256 positions; the sum over blocks is one of floats.
+``convolution.h`` does the same arithmetic without unfolding anything; both agree bit for bit in float32.
 """
 
 from __future__ import annotations
