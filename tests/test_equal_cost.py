@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from backsketch import models
 from backsketch.experiments import Store, SweepConfig, SweepError, run_sweep
 from backsketch.experiments.problems import step_time, training
 from backsketch.experiments.report import report
-from backsketch.experiments.store import Sweep
-from backsketch.experiments.views import equal_cost, paper
+from backsketch.experiments.store import SWEEP, Sweep, write
+from backsketch.experiments.views import equal_cost, headline, paper
 from backsketch.experiments.views.arms import (
     Goal,
     arms,
@@ -269,6 +269,38 @@ def test_the_page_says_who_arrived():
         equal_cost.page(replace(example(), settings={}))
     with pytest.raises(SweepError, match="no training run"):
         equal_cost.page(made_sweep())
+
+
+def test_the_headline_has_the_best_arm_of_each_kind_that_arrived_with_as_many_seeds():
+    region = "region:keep=0.5"
+    sweep = made_sweep(
+        *example().jobs,
+        made_run("lucky", "rows:keep=0.25", speed=0.030),  # one seed
+        made_run("region", region, speed=0.012, lr=0.2),
+        made_run("region", region, speed=0.015, lr=0.2, seed=1),
+        *(made_run("int8", "int8", speed=0.012, lr=0.2, seed=seed) for seed in (0, 1)),
+        *(made_run("both", f"{region},arithmetic=int8", speed=0.03, seed=seed) for seed in (0, 1)),
+        *(made_run("never", "auto", speed=0.001, seed=seed) for seed in (0, 1)),
+    )
+    found = arms(sweep)
+    best = headline.best_of_kinds(found, found[0].model)
+    assert {name: arm.name for name, (arm, _, _) in best.items()} == {
+        "best exact": "exact", "rows": "rows", "regions": "region",
+        "8 bits": "int8", "8 bits in regions": "both",
+    }  # fmt: skip
+    assert best["regions"][1] == pytest.approx(0.5)
+    (axes,) = headline.figure([sweep, example()]).axes
+    heights = sorted(round(bar.get_height(), 3) for bar in axes.patches)
+    expected = [best[name][1] for name in best] + [1.0, best["rows"][1]]
+    assert heights == pytest.approx(sorted(expected), abs=1e-3)
+
+
+def test_several_comparisons_get_a_figure_together(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name / SWEEP, asdict(replace(example(), name=name)))
+    written = report([tmp_path], tmp_path / "page.html", quiet())
+    assert tmp_path / "equal_cost.png" in written
+    assert (tmp_path / "page.html").read_text().count("data:image/png") == 3
 
 
 def test_the_experiments_of_the_paper():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from rich.text import Text
 from backsketch.experiments.config import SweepError
 from backsketch.experiments.store import SWEEP, Sweep
 from backsketch.experiments.views import VIEWS, Page, TextTable
+from backsketch.experiments.views import headline as headlines
 from backsketch.files import write_whole
 
 __all__ = ["find_sweeps", "report"]
 
 DPI = 110
+HEADLINE = "equal_cost"  # the figure of all comparisons, beside their folders
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #2b2d34; }
 body { max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
@@ -62,7 +65,7 @@ def report(paths: Sequence[Path], page: Path | None, console: Console) -> list[P
     Raises:
         SweepError: no sweep, a damaged one, or an unknown kind of report.
     """
-    written, parts = [], []
+    written, parts, compared = [], [], []
     for path in find_sweeps(paths):
         sweep = Sweep.load(path)
         if sweep.report not in VIEWS:
@@ -77,6 +80,15 @@ def report(paths: Sequence[Path], page: Path | None, console: Console) -> list[P
             written.append(path.parent / f"{name}.png")
             write_whole(written[-1], content)
         parts.append(_section(made, sweep, images))
+        if sweep.report == "equal_cost":
+            compared.append((path, sweep))
+    if len(compared) > 1:
+        folder = Path(os.path.commonpath([path.parent for path, _ in compared]))
+        summary = Page(HEADLINE, "", figures={HEADLINE: headlines.figure([s for _, s in compared])})
+        written.append(folder / f"{HEADLINE}.png")
+        image = _drawn(folder, summary)[HEADLINE]
+        write_whole(written[-1], image)
+        parts.insert(0, _image(HEADLINE, image))
     if page is not None:
         write_whole(page, _document(parts).encode())
         written.append(page)
@@ -123,13 +135,16 @@ def _section(page: Page, sweep: Sweep, images: dict[str, bytes]) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in sweep.machine.items() if v is not None)
     lines = [f"<h2>{html.escape(page.title)}</h2>", f"<p>{html.escape(page.about)}</p>"]
     lines += [_html_table(table) for table in page.tables]
-    for name, content in images.items():
-        data = base64.b64encode(content).decode()
-        lines.append(f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>')
+    lines += [_image(name, content) for name, content in images.items()]
     for job in sweep.failed:
         told = html.escape(f"{job['id']}: {job['error']}")
         lines.append(f'<p class="failed">failed: {told}</p>')
     return "\n".join([*lines, f"<p><small>{html.escape(machine)}</small></p>"])
+
+
+def _image(name: str, content: bytes) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>'
 
 
 def _html_table(table: TextTable) -> str:
