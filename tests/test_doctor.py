@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -20,6 +21,18 @@ def by_name() -> dict[str, doctor.Finding]:
 def test_the_version_is_that_of_the_package():
     done = CliRunner().invoke(cli.make_app(), ["--version"])
     assert (done.exit_code, done.output) == (0, f"backsketch {version('backsketch')}\n")
+
+
+@pytest.mark.parametrize("argument", ["--version", "doctor"])
+def test_both_answer_where_the_packages_of_the_command_line_are_missing(
+    argument, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.setattr(sys, "argv", ["backsketch", argument])
+    cli.main()
+    said = capsys.readouterr().out
+    assert f"backsketch {version('backsketch')}" in said
+    assert ("C++ compiler" in said) == (argument == "doctor")
 
 
 def test_the_report_names_what_decides_speed():

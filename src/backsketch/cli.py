@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from backsketch.signals import noted
@@ -62,11 +63,26 @@ def main() -> None:
         package = (missing.name or "").partition(".")[0]
         if package not in EXTRA:
             raise
+        if _plain(sys.argv[1:]):
+            return
         print(
             f'backsketch: the command line needs {package}: pip install "backsketch[train]"',
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _plain(arguments: list[str]) -> bool:
+    """Do what needs no extra package, if that is what was asked for; returns whether it was."""
+    if arguments == ["--version"]:
+        print(f"backsketch {version('backsketch')}")
+    elif arguments == ["doctor"]:
+        from backsketch.commands.doctor import print_plainly
+
+        print_plainly()
+    else:
+        return False
+    return True
 
 
 if __name__ == "__main__":

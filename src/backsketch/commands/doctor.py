@@ -14,15 +14,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-__all__ = ["Finding", "doctor_command", "findings"]
+__all__ = ["Finding", "doctor_command", "findings", "print_plainly"]
 
 ROOMS = ("sampling", "rounding", "products")  # those with a C++ source of their own
 INTEGER_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
-EXTRAS = ("accelerate", "datasets", "matplotlib", "scikit-learn", "scipy")
+EXTRAS = ("accelerate", "datasets", "matplotlib", "scikit-learn", "scipy", "typer")
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,10 @@ class Finding:
 
 def doctor_command() -> None:
     """Say what this machine has, and what that means for the speed of sketches."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(show_lines=False)
     for heading in ("", "found", "what it means"):
         table.add_column(heading)
@@ -51,6 +52,12 @@ def doctor_command() -> None:
         style = None if finding.good else "yellow"
         table.add_row(*map(Text, (finding.what, finding.found, finding.means)), style=style)
     Console(soft_wrap=False).print(table)
+
+
+def print_plainly() -> None:
+    """The same where the packages of the command line are not installed."""
+    for finding in findings():
+        print(f"{finding.what}: {finding.found}" + (f" ({finding.means})" if finding.means else ""))
 
 
 def findings() -> Iterator[Finding]:
