@@ -38,6 +38,20 @@ def batch_norm_net() -> nn.Module:
     )  # fmt: skip
 
 
+class Kernels(nn.Module):
+    """Convolutions with strides, groups, dilation and kernels of one position, and a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strided = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(6, 8, 3, padding=2, dilation=2, groups=2)
+        self.one = nn.Conv2d(8, 6, 1)
+        self.back = nn.ConvTranspose2d(6, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.one(self.grouped(self.strided(x).relu()).relu()).relu())
+
+
 class Transposed(nn.Module):
     """The layout of GPT-2: ``x @ w`` with a weight that is stored the other way round."""
 
@@ -53,6 +67,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], bs.Region]
     "batch norm": (batch_norm_net, lambda: torch.randn(6, 2, 6, 6), EVERY),
     "vit": (ViT, lambda: torch.randn(6, 1, 8, 8), EVERY),
     "gpt": (GPT, lambda: torch.randint(11, (6, 5)), EVERY),
+    "kernels": (Kernels, lambda: torch.randn(4, 4, 6, 6), EVERY),
+    "kernels, channels last": (
+        lambda: Kernels().to(memory_format=torch.channels_last),
+        lambda: torch.randn(4, 4, 6, 6).to(memory_format=torch.channels_last),
+        EVERY,
+    ),
     "transposed": (Transposed, lambda: torch.randn(10, 8), EVERY),
     "convolutions": (CNN, lambda: torch.randn(6, 2, 8, 8), EVERY),
     "recomputed": (
@@ -336,10 +356,16 @@ def test_text_and_report() -> None:
     assert report[""].backward == 0.25
     assert ("expect no gain in time" in str(report)) == bool(bs.products.why_slow())
     model(x).sum().backward()
-    assert "of its backward products in 8 bits (exact: " in str(report)
-    assert "convolutions that are larger than 1×1" in str(report)
+    assert "100% of its backward products in 8 bits" in str(report)
     bs.restore_(model)
     assert type(model) is nn.Sequential
+    model, x = Kernels(), torch.randn(4, 4, 6, 6)
+    report = bs.sketch_(model, EVERY)
+    model(x).sum().backward()
+    assert "(exact: " in str(report)
+    assert "convolutions that are narrow or transposed" in str(report)
+    bs.restore_(model)
+    model, x = batch_norm_net(), torch.randn(6, 2, 6, 6)
     report = bs.sketch_(model, bs.Region(keep=1.0))
     assert "left exact" in str(report)
 

@@ -23,8 +23,8 @@ from backsketch.regions.compilers import copied
 from backsketch.regions.linearity import check_linear
 from backsketch.regions.low_precision import (
     bmm_operator,
+    convolution_operator,
     next_seed_operator,
-    pointwise_operator,
     vjps_operator,
 )
 from backsketch.regions.partition import args_of, backward_nodes
@@ -49,10 +49,10 @@ class Rounded(NamedTuple):
 def in_8_bits(module: fx.GraphModule) -> Rounded:
     """A copy of a backward graph whose products with a cotangent are computed from 8-bit operands.
 
-    These are matrix products, also batched ones of a few large matrices, and convolutions that are products over
-    positions. What would be slower stays exact (:func:`~.share.is_worth_it`), and so do fused attention, other
-    convolutions and what does not depend on a cotangent (a recomputed forward pass). Each run of the graph draws a
-    fresh seed, and each product has a stream of its own.
+    These are matrix products, also batched ones of a few large matrices, and convolutions. What would be slower
+    stays exact (:func:`~.share.is_worth_it`), and so do fused attention, transposed convolutions and what does not
+    depend on a cotangent (a recomputed forward pass). Each run of the graph draws a fresh seed, and each product
+    has a stream of its own.
 
     Raises:
         Coupled: it is not proven that the graph is affine in its cotangents.
@@ -92,7 +92,7 @@ class _Rewriter:
 
     def run(self) -> None:
         for node in self._calls(aten.convolution_backward.default):
-            if _is_pointwise(node):
+            if _is_worth_convolving(node):
                 self._convolution(node)
         for node in self._calls(aten.bmm.default):
             if _is_large_batched(node):
@@ -170,14 +170,14 @@ class _Rewriter:
         return value
 
     def _convolution(self, node: fx.Node) -> None:
-        """A convolution with kernels of one position: a product over positions."""
-        g, x, weight = args_of(node)[:3]
-        wanted = args_of(node)[10]
+        """Both products of a convolution, in one call."""
+        g, x, weight, _, stride, padding, dilation, _, _, groups, wanted = args_of(node)
         self.stream += 1
         with self.graph.inserting_before(node):
             results = self._call(
-                pointwise_operator, g, x, weight, self.seed, self.stream, list(wanted[:2])
-            )
+                convolution_operator, g, x, weight, self.seed, self.stream, list(stride), list(padding),
+                list(dilation), groups, list(wanted[:2]),
+            )  # fmt: skip
             for user in list(node.users):
                 if args_of(user)[1] == 2:
                     dims = [d for d in range(g.meta["val"].dim()) if d != 1]
@@ -230,15 +230,15 @@ def _is_sum_over_rows(node: fx.Node) -> bool:
     return is_sum and not node.kwargs and args_of(node)[0].meta["val"].dim() == 2
 
 
-def _is_pointwise(node: fx.Node) -> bool:
-    """Whether a convolution is a product over positions, and worth it."""
-    _, _, weight, _, stride, padding, _, is_transposed, _, groups, _ = args_of(node)
-    kernel = weight.meta["val"].shape[2:]
-    ones = all(k == 1 for k in kernel) and all(s == 1 for s in stride)
-    plain = all(p == 0 for p in padding) and not is_transposed and groups == 1
-    samples, channels, *positions = map(hint, args_of(node)[0].meta["val"].shape)
-    rows = samples * math.prod(positions)
-    return ones and plain and is_worth_it(rows, channels, hint(weight.meta["val"].shape[1]))
+def _is_worth_convolving(node: fx.Node) -> bool:
+    """Whether a convolution over at most two dimensions is large enough; transposed ones stay exact."""
+    _, _, weight, _, _, _, _, is_transposed, _, groups, _ = args_of(node)
+    out, inner, *kernel = map(hint, weight.meta["val"].shape)
+    if is_transposed or len(kernel) > 2:
+        return False
+    samples, _, *positions = map(hint, args_of(node)[0].meta["val"].shape)
+    columns = out // groups * math.prod(kernel)
+    return is_worth_it(samples * math.prod(positions), columns, inner)
 
 
 def _is_large_batched(node: fx.Node) -> bool:

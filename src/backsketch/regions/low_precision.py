@@ -8,19 +8,47 @@ import torch
 from torch import Tensor
 
 from backsketch import products, sampling
+from backsketch.products import Geometry
 
-__all__ = ["bmm_operator", "next_seed_operator", "pointwise_operator", "vjps_operator"]
+__all__ = ["bmm_operator", "convolution_operator", "next_seed_operator", "vjps_operator"]
 
-assert products  # it defines the operator
 vjps_operator = torch.ops.backsketch.int8_vjps.default
 next_seed_operator = torch.ops.backsketch.next_seed.default
 _SLICE = 1 << 20  # streams of two slices of a batched product are that far apart
 
 
-def _pointwise(
+def _convolution(
+    g: Tensor, x: Tensor, weight: Tensor, seed: Tensor, stream: int, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The vector-Jacobian products of a convolution, rounded; the first in the layout of ``x``."""
+    sizes = [tuple(s) for s in (weight.shape[2:], stride, padding, dilation, x.shape[2:])]
+    if _is_matrix(x) and _is_pointwise(*sizes[:3], groups):
+        return _over_positions(g, x, weight, seed, stream, wanted)
+    below, at_weight = products.convolution_vjps(
+        g, x if wanted[1] else None, weight if wanted[0] else None, Geometry(*sizes, groups), seed,
+        stream=stream,
+    )  # fmt: skip
+    if below is not None and below.stride() != x.stride():
+        below = torch.empty_like(x).copy_(below)
+    nothing = x.new_empty(0)
+    return nothing if below is None else below, nothing.clone() if at_weight is None else at_weight
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether positions are the rows of a matrix as it lies in memory."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _is_pointwise(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    return groups == 1 and {*kernel, *stride} == {1} and not any(padding)
+
+
+def _over_positions(
     g: Tensor, x: Tensor, weight: Tensor, seed: Tensor, stream: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """The vector-Jacobian products of a convolution whose kernels have one position, rounded."""
     flat_g, flat_x = g.movedim(1, -1).flatten(0, -2), x.movedim(1, -1).flatten(0, -2)
     below, at_weight, _ = vjps_operator(
         flat_g, flat_x if wanted[1] else None, weight.flatten(1) if wanted[0] else None, None, None,
@@ -32,9 +60,10 @@ def _pointwise(
     return below, at_weight.view(weight.shape) if wanted[1] else at_weight
 
 
-def _pointwise_fake(
-    g: Tensor, x: Tensor, weight: Tensor, seed: Tensor, stream: int, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
+def _convolution_fake(
+    g: Tensor, x: Tensor, weight: Tensor, seed: Tensor, stream: int, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     below = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     return below, weight.new_empty(weight.shape) if wanted[1] else weight.new_empty(0)
 
@@ -55,11 +84,11 @@ def _bmm_fake(a: Tensor, b: Tensor, by_row: bool, seed: Tensor, stream: int) -> 
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-pointwise_operator = sampling.operator(
-    "int8_pointwise_vjps(Tensor g, Tensor x, Tensor weight, Tensor seed, int stream, bool[] wanted)"
-    " -> (Tensor, Tensor)",
-    _pointwise,
-    _pointwise_fake,
+convolution_operator = sampling.operator(
+    "int8_convolution_vjps(Tensor g, Tensor x, Tensor weight, Tensor seed, int stream, int[] stride,"
+    " int[] padding, int[] dilation, int groups, bool[] wanted) -> (Tensor, Tensor)",
+    _convolution,
+    _convolution_fake,
 )
 bmm_operator = sampling.operator(
     "int8_bmm(Tensor a, Tensor b, bool by_row, Tensor seed, int stream) -> Tensor", _bmm, _bmm_fake

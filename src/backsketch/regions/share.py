@@ -70,7 +70,7 @@ _WORK: dict[str, tuple[str, Callable[[fx.Node], int]]] = {
     "addmm": ("sums of products", _matrix_work),
     "bmm": ("batched products", _matrix_work),
     "baddbmm": ("batched products", _matrix_work),
-    "convolution_backward": ("convolutions that are larger than 1×1 or narrow", _convolution_work),
+    "convolution_backward": ("convolutions that are narrow or transposed", _convolution_work),
 }
 
 
