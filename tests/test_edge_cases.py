@@ -178,6 +178,11 @@ STRIDES = {
 @every_family
 @pytest.mark.parametrize("strides", STRIDES)
 def test_gradients_do_not_depend_on_the_strides_of_input_and_cotangent(kind, estimator, strides):
+    eight_bits = isinstance(estimator, bs.Int8 | bs.Float8)
+    if eight_bits and (kind, strides) == ("pointwise conv", "channels last"):
+        pytest.skip(
+            "positions are rows in that layout, with scales of their own: see test_eight_bits"
+        )
     layer, x = build(kind, estimator, rows=6, dtype=torch.float64)
     odd = STRIDES[strides](x.detach())
     plain = odd.clone(memory_format=torch.contiguous_format)

@@ -36,6 +36,10 @@ def images() -> Tensor:
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(12, 6)),
     "1x1": (lambda: nn.Conv2d(4, 6, 1), images),
+    "1x1, channels last": (
+        lambda: nn.Conv2d(4, 6, 1),
+        lambda: images().to(memory_format=torch.channels_last),
+    ),
     "3x3": (lambda: nn.Conv2d(4, 6, 3, padding=1), images),
     "strided": (lambda: nn.Conv2d(4, 6, 3, 2), images),
     "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), images),
@@ -54,7 +58,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-@pytest.mark.fast_cases("grouped-float8", "six decades-int8", "bfloat16-float8")
+@pytest.mark.fast_cases(
+    "grouped-float8", "1x1, channels last-int8", "six decades-int8", "bfloat16-float8"
+)
 @every_sketch
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_are_unbiased(name, sketch):
