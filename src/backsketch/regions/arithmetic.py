@@ -13,13 +13,13 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from backsketch.regions.compilers import copied
+from backsketch.regions.graphs import call
 from backsketch.regions.linearity import check_linear
 from backsketch.regions.low_precision import (
     bmm_operator,
@@ -27,7 +27,7 @@ from backsketch.regions.low_precision import (
     next_seed_operator,
     vjps_operator,
 )
-from backsketch.regions.partition import args_of, backward_nodes
+from backsketch.regions.partition import args_of, backward_nodes, is_turned
 from backsketch.regions.share import Share, hint, is_worth_it, products_of
 from backsketch.regions.structure import placeholders_of
 
@@ -58,7 +58,7 @@ def in_8_bits(module: fx.GraphModule) -> Rounded:
         Coupled: it is not proven that the graph is affine in its cotangents.
     """
     module = copied(module)
-    check_linear(module)
+    check_linear(module.graph)
     before = products_of(module)
     _, cotangents = placeholders_of(module)
     replaced: set[fx.Node] = set()
@@ -74,10 +74,13 @@ def in_8_bits(module: fx.GraphModule) -> Rounded:
 
 def _share(before: dict[fx.Node, tuple[str, int]], replaced: set[fx.Node]) -> Share:
     exact: dict[str, int] = defaultdict(int)
+    rounded = 0
     for node, (kind, work) in before.items():
-        if node not in replaced:
+        if kind and node not in replaced:
             exact[kind] += work
-    return Share(sum(work for node, (_, work) in before.items() if node in replaced), dict(exact))
+        else:
+            rounded += work
+    return Share(rounded, dict(exact))
 
 
 class _Rewriter:
@@ -121,7 +124,7 @@ class _Rewriter:
         assert isinstance(b, fx.Node)
         if a not in self.dependent:
             return "weight", b
-        turned = _transposed(a)
+        turned = is_turned(a)
         return ("input", a) if turned is None else ("weight", turned)
 
     def _product(self, g: fx.Node, below: fx.Node | None, at_weight: fx.Node | None) -> None:
@@ -202,26 +205,7 @@ class _Rewriter:
         self.graph.erase_node(node)
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
-        """A call, with the example value that compilers want."""
-        node = self.graph.call_function(target, args)
-        values = fx.map_arg(list(args), lambda n: n.meta["val"])
-        fake = next((v for v in _flat(values) if isinstance(v, Tensor)), None)
-        with getattr(fake, "fake_mode", None) or nullcontext():
-            node.meta["val"] = target(*values)
-        return node
-
-
-def _flat(values: Sequence[Any]) -> list[Any]:
-    return [x for v in values for x in (v if isinstance(v, (list, tuple)) else [v])]
-
-
-def _transposed(node: fx.Node) -> fx.Node | None:
-    """What a node is the transpose of, if it is one."""
-    if node.target is _turn or (
-        node.target is aten.permute.default and list(args_of(node)[1]) == [1, 0]
-    ):
-        return args_of(node)[0]
-    return None
+        return call(self.graph, target, *args)
 
 
 def _is_sum_over_rows(node: fx.Node) -> bool:

@@ -42,7 +42,9 @@ def call_from_compiled(module: Any, args: Any, kwargs: Any) -> Any:
 def call(module: Any, args: Any, kwargs: Any, compiler: str) -> Any:
     """The forward pass of a region's module."""
     region = runtime_of(module)
-    region.spec = module._backsketch
+    region.spec = spec = module._backsketch
+    # Inductor would take apart the operators by which saved tensors are told.
+    compiler = compiler if spec.save == "exact" else "plain"
     forward = module._original_class.forward
     if region.refused:
         return forward(module, *args, **kwargs)

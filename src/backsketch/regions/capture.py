@@ -17,9 +17,11 @@ from backsketch.regions.arithmetic import in_8_bits
 from backsketch.regions.compilers import Compiler, copied
 from backsketch.regions.compilers import Runner as GraphRunner
 from backsketch.regions.context import Call, current
+from backsketch.regions.kept import kept_bytes
 from backsketch.regions.pair import Pair, Wiring
 from backsketch.regions.partition import partition
 from backsketch.regions.program import KeptBackward, Program, RowsApart
+from backsketch.regions.saving import round_saved
 from backsketch.regions.spec import Region
 from backsketch.regions.structure import Coupled, RowSymbols
 from backsketch.torch_private import (
@@ -43,6 +45,7 @@ class Capture:
     def __init__(self, spec: Region, compiler: Compiler) -> None:
         self.mode, self.row_dims, self.compiler = spec.mode, spec.row_dims, compiler
         self.all_rows, self.int8 = spec.keep == 1, spec.arithmetic == "int8"
+        self.bits = {"exact": None, "int8": 8, "int4": 4}[spec.save]
         self.programs = 0
         self.copies = False
 
@@ -50,7 +53,7 @@ class Capture:
         self.programs += 1
         call = current()
         assert call is not None, "a region's graph is captured in the region's own call"
-        graphs = _Graphs(self.mode, self.compiler, rounded=self.int8 and self.all_rows)
+        graphs = _Graphs(self.mode, self.compiler, self.int8 and self.all_rows, self.bits)
         compiled = graphs.capture(gm, inputs)
         if self.all_rows:
             return _reporting(compiled, graphs)
@@ -89,11 +92,14 @@ class Capture:
 class _Graphs:
     """What AOTAutograd hands over while it captures one graph: it calls the methods in their order."""
 
-    def __init__(self, mode: str, compiler: Compiler, rounded: bool = False) -> None:
-        self.compiler, self.rounded = compiler, rounded
-        self.refusal: str | None = None
-        self.note = ""
-        self._partition = partition(mode, compiler.inner_partition(mode))
+    def __init__(
+        self, mode: str, compiler: Compiler, rounded: bool = False, bits: int | None = None
+    ) -> None:
+        self.compiler, self.rounded, self.bits = compiler, rounded, bits
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        edit = None if bits is None else self._with_rounded_saves
+        self._partition = partition(mode, compiler.inner_partition(mode), edit)
         self.fw: fx.GraphModule | None = None
         self.bw: fx.GraphModule | None = None
         self.num_outputs = 0
@@ -116,6 +122,8 @@ class _Graphs:
     def split(self, joint: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
         self.num_outputs = options["num_fwd_outputs"]
         fw, bw = self._partition(joint, joint_inputs, **options)
+        if self.bits is not None and not self.problems:
+            self.notes.append(str(kept_bytes(fw, bw, self.num_outputs)))
         self.fw, self.bw = copied(fw), copied(bw)
         return fw, bw
 
@@ -136,11 +144,19 @@ class _Graphs:
         try:
             rounded, share = in_8_bits(graph)
         except Coupled as reason:
-            self.refusal = str(reason)
+            self.problems.append(str(reason))
             return graph
-        self.note = str(share)
-        self.refusal = None if share.rounded else self.note
+        (self.notes if share.rounded else self.problems).append(str(share))
         return rounded
+
+    def _with_rounded_saves(self, joint: fx.GraphModule) -> fx.GraphModule:
+        """The joint graph with saved tensors in a few bits, or as it is, with the reason kept."""
+        assert self.bits is not None
+        try:
+            return round_saved(joint, self.bits, self.rounded and self.bits == 8)
+        except Coupled as reason:
+            self.problems.append(str(reason))
+            return joint
 
     def backward_graph(self) -> tuple[fx.GraphModule, Sequence[Any]]:
         """The backward graph and its example inputs, also where AOTAutograd puts off compiling it."""
@@ -174,9 +190,11 @@ def _reporting(run: Callable[..., Any], graphs: _Graphs) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         running = current()
         if running is not None:
-            running.region.settle(
-                "exact" if graphs.refusal else "active", graphs.refusal, graphs.note
-            )
+            notes, problems = "; ".join(graphs.notes), "; ".join(graphs.problems)
+            if notes:
+                running.region.settle("active", None, "; ".join(filter(None, [notes, problems])))
+            else:
+                running.region.settle("exact", problems or "nothing requires a gradient")
         return run(*args)
 
     return call

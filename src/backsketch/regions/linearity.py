@@ -40,7 +40,8 @@ _SHAPES = "zeros_like ones_like full_like empty_like new_zeros new_ones new_full
 _SHAPE_ONLY = frozenset(_SHAPES.split())
 _BILINEAR = frozenset({"mul", "mm", "bmm", "mv", "dot"})
 _SUMS_OF_PRODUCTS = frozenset({"addmm", "baddbmm", "addmv"})
-_FIRST = frozenset({"div", "masked_fill", "index", "gather", "index_select"})
+_OURS = frozenset({"times", "masked", "saved_mm", "saved_layer_norm", "int8_vjps"})
+_FIRST = _OURS | {"div", "masked_fill", "index", "gather", "index_select"}
 """Affine in the first argument alone; the others choose, scale or index."""
 _OTHERS = {
     "where": (0,),
@@ -52,14 +53,14 @@ _OTHERS = {
 """Affine in all arguments but these."""
 
 
-def check_linear(module: fx.GraphModule) -> None:
+def check_linear(graph: fx.Graph) -> None:
     """Prove that every value of a backward graph is affine in its cotangents, one operator at a time.
 
     Raises:
         Coupled: an operator multiplies two values that depend on a cotangent, or is not known to be affine.
     """
-    dependent = backward_nodes(module.graph)
-    for node in module.graph.nodes:
+    dependent = backward_nodes(graph)
+    for node in graph.nodes:
         if node.op == "call_function" and node in dependent:
             _check(node, dependent)
 

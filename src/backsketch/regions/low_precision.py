@@ -9,9 +9,27 @@ from torch import Tensor
 
 from backsketch import products, sampling
 from backsketch.products import Geometry
+from backsketch.rounding import Rounding
 
-__all__ = ["bmm_operator", "convolution_operator", "next_seed_operator", "vjps_operator"]
+__all__ = [
+    "GROUP",
+    "PACKERS",
+    "bmm_operator",
+    "convolution_operator",
+    "mask_operator",
+    "masked_operator",
+    "next_seed_operator",
+    "pack_operator",
+    "pack_slope_operator",
+    "product_pack_operator",
+    "restore_operator",
+    "saved_layer_norm_operator",
+    "saved_mm_operator",
+    "times_operator",
+    "vjps_operator",
+]
 
+GROUP = 64  # entries that share a scale
 vjps_operator = torch.ops.backsketch.int8_vjps.default
 next_seed_operator = torch.ops.backsketch.next_seed.default
 _SLICE = 1 << 20  # streams of two slices of a batched product are that far apart
@@ -92,4 +110,75 @@ convolution_operator = sampling.operator(
 )
 bmm_operator = sampling.operator(
     "int8_bmm(Tensor a, Tensor b, bool by_row, Tensor seed, int stream) -> Tensor", _bmm, _bmm_fake
+)
+
+
+# --- what a forward graph keeps in a few bits -------------------------------------------------------
+
+pack_operator = torch.ops.backsketch.pack.default
+pack_slope_operator = torch.ops.backsketch.pack_slope.default
+product_pack_operator = torch.ops.backsketch.int8_pack.default
+times_operator = torch.ops.backsketch.times.default
+mask_operator = torch.ops.backsketch.mask.default
+masked_operator = torch.ops.backsketch.masked.default
+PACKERS = frozenset({pack_operator, pack_slope_operator, product_pack_operator, mask_operator})
+
+
+def _restored(codes: Tensor, scales: Tensor, shape: Sequence[int], bits: int) -> Tensor:
+    """A rounded tensor."""
+    return Rounding(bits, GROUP).restore((codes, scales), tuple(shape), codes)
+
+
+def _restored_fake(codes: Tensor, scales: Tensor, shape: Sequence[int], bits: int) -> Tensor:
+    return scales.new_empty(shape)
+
+
+def _saved_mm(g: Tensor, codes: Tensor, scales: Tensor, width: int, bits: int) -> Tensor:
+    """``g.T @ x`` with a rounded ``(rows, width)`` x."""
+    x = Rounding(bits, GROUP).restore((codes, scales), (g.shape[0], width), g)
+    return g.t() @ x.to(g.dtype)
+
+
+def _saved_mm_fake(g: Tensor, codes: Tensor, scales: Tensor, width: int, bits: int) -> Tensor:
+    return g.new_empty(g.shape[1], width)
+
+
+def _saved_layer_norm(
+    g: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, codes: Tensor, scales: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of input, weight and bias of a norm over the last dimensions, from two roundings of its input."""
+    width = g.numel() // rstd.numel()
+    wide = scales.dtype
+    w, m = (None if t is None else t.reshape(-1).to(wide) for t in (weight, mean))
+    rows, r = g.reshape(-1, width).to(wide), rstd.reshape(-1).to(wide)
+    below, at_weight, at_bias = Rounding(bits, GROUP).layer_norm(rows, w, m, r, (codes, scales))
+    shape = g.shape[g.dim() - 1 :] if weight is None else weight.shape
+    below = below.to(g.dtype).reshape(g.shape)
+    return below, at_weight.to(g.dtype).reshape(shape), at_bias.to(g.dtype).reshape(shape)
+
+
+def _saved_layer_norm_fake(
+    g: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, codes: Tensor, scales: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = g.shape[g.dim() - 1 :] if weight is None else weight.shape
+    return g.new_empty(g.shape), g.new_empty(shape), g.new_empty(shape)
+
+
+restore_operator = sampling.operator(
+    "saved_restore(Tensor codes, Tensor scales, SymInt[] shape, int bits) -> Tensor",
+    _restored,
+    _restored_fake,
+)
+saved_mm_operator = sampling.operator(
+    "saved_mm(Tensor g, Tensor codes, Tensor scales, SymInt width, int bits) -> Tensor",
+    _saved_mm,
+    _saved_mm_fake,
+)
+saved_layer_norm_operator = sampling.operator(
+    "saved_layer_norm(Tensor g, Tensor? weight, Tensor? mean, Tensor rstd, Tensor codes, Tensor scales,"
+    " int bits) -> (Tensor, Tensor, Tensor)",
+    _saved_layer_norm,
+    _saved_layer_norm_fake,
 )

@@ -28,7 +28,7 @@ Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 _VIEW_NAMES = "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze detach alias"
 _PIECE_NAMES = "select slice unbind split split_with_sizes chunk"
-_VIEWS, _PIECES = frozenset(_VIEW_NAMES.split()), frozenset(_PIECE_NAMES.split())
+VIEWS, PIECES = frozenset(_VIEW_NAMES.split()), frozenset(_PIECE_NAMES.split())
 
 
 def name_of(node: fx.Node) -> str:
@@ -41,6 +41,12 @@ def args_of(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
+def is_turned(node: fx.Node) -> fx.Node | None:
+    """What a node is the transpose of, if it is one of a matrix."""
+    swaps = node.target is aten.permute.default and list(args_of(node)[1]) == [1, 0]
+    return args_of(node)[0] if node.target is aten.t.default or swaps else None
+
+
 def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on a tangent."""
     found: set[fx.Node] = set()
@@ -51,7 +57,7 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-class _Repeat:
+class Repeat:
     """Copies forward nodes in front of their first backward reader."""
 
     def __init__(self, graph: fx.Graph, repeatable: Callable[[fx.Node], bool]) -> None:
@@ -84,7 +90,7 @@ class _Repeat:
         return copy
 
 
-def _replayed_dropout(repeat: _Repeat, node: fx.Node) -> fx.Node | None:
+def _replayed_dropout(repeat: Repeat, node: fx.Node) -> fx.Node | None:
     """The output of a dropout, from its input and its saved mask, bit for bit."""
     source = node.args[0] if node.target is operator.getitem else None
     if not isinstance(source, fx.Node) or name_of(source) != "native_dropout" or node.args[1] != 0:
@@ -159,10 +165,10 @@ def _is_view(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node):
         return False
     if node.target is operator.getitem:
-        return name_of(source) in _PIECES and _is_large_piece(node, source.args[0])
-    if name_of(node) in _PIECES:
+        return name_of(source) in PIECES and _is_large_piece(node, source.args[0])
+    if name_of(node) in PIECES:
         return isinstance(node.meta["val"], (tuple, list)) or _is_large_piece(node, source)
-    return name_of(node) in _VIEWS
+    return name_of(node) in VIEWS
 
 
 def _is_large_piece(piece: fx.Node, whole: Any) -> bool:
@@ -196,17 +202,23 @@ def _save_random(graph: fx.Graph) -> None:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-def partition(mode: str, inner: Partition | None = None) -> Partition:
-    """The partition function of a mode; ``inner`` replaces the default split."""
+def partition(
+    mode: str, inner: Partition | None = None, edit: Callable[[fx.GraphModule], Any] | None = None
+) -> Partition:
+    """The partition function of a mode; ``inner`` replaces the default split.
+
+    ``edit`` returns the joint graph that is split in the place of the one it is given.
+    """
 
     def split(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        joint = joint if edit is None else edit(joint)
         graph = joint.graph
         _as_eager_dropout(graph)
         if mode == "recompute":
             _mark_dropout_masks(graph)
-            _Repeat(graph, _is_deterministic).run()
+            Repeat(graph, _is_deterministic).run()
         else:
-            _Repeat(graph, _is_view).run()
+            Repeat(graph, _is_view).run()
         if inner is not None:
             _save_random(graph)
         graph.lint()

@@ -81,7 +81,7 @@ _LOCK = threading.Lock()
 def runner_for(module: Any, forward: Any, spec: Region, compiler: str) -> Runner:
     """The runner of this kind of region: made on first use, and again when the last one is outdated."""
     all_rows = spec.keep == 1
-    key = (type(module), spec.mode, spec.row_dims, spec.arithmetic, all_rows, compiler)
+    key = (type(module), spec.mode, spec.row_dims, spec.arithmetic, spec.save, all_rows, compiler)
     with _LOCK:
         before = _RUNNERS.get(key)
         if before is None or before.outdated:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from backsketch.regions.partition import args_of, backward_nodes, name_of
 
-__all__ = ["Share", "hint", "is_worth_it", "products_of"]
+__all__ = ["Share", "hint", "is_worth_it", "numel", "products_of"]
 
 _LEAST_WORK = 1 << 22
 _LEAST_WIDTH = 28.0
@@ -65,7 +65,13 @@ def _attention_work(node: fx.Node) -> int:
     return 5 * _numel(q) * _sizes(k)[-2]
 
 
+def _packed_work(node: fx.Node) -> int:
+    g, _, _, _, stats = args_of(node)[:5]
+    return _numel(g) * _sizes(stats)[-1]
+
+
 _WORK: dict[str, tuple[str, Callable[[fx.Node], int]]] = {
+    "int8_vjps": ("", _packed_work),
     "mm": ("too small or narrow", _matrix_work),
     "addmm": ("sums of products", _matrix_work),
     "bmm": ("batched products", _matrix_work),
@@ -75,7 +81,10 @@ _WORK: dict[str, tuple[str, Callable[[fx.Node], int]]] = {
 
 
 def products_of(module: fx.GraphModule) -> dict[fx.Node, tuple[str, int]]:
-    """The products of a backward graph with a cotangent: why each is exact, if it is, and its multiply-adds."""
+    """The products of a backward graph with a cotangent: why each stays exact if it does, and its multiply-adds.
+
+    Those that are in 8 bits already have no reason.
+    """
     found = {}
     dependent = backward_nodes(module.graph)
     for node in module.graph.nodes:
@@ -97,6 +106,11 @@ def _sizes(node: Any) -> list[int]:
 
 def _numel(node: Any) -> int:
     return math.prod(_sizes(node))
+
+
+def numel(value: Tensor) -> int:
+    """The number of entries that a tensor had when it was captured."""
+    return math.prod(map(hint, value.shape))
 
 
 def hint(size: Any) -> int:

@@ -35,6 +35,10 @@ class Region(Sketch):
             8-bit operands, on the kept rows (:class:`backsketch.Int8` tells the mathematics). With ``keep=1`` no
             row is dropped and none has to be independent: any module that can be captured is allowed,
             ``BatchNorm`` in training mode included. A recomputed forward pass stays exact.
+        save: ``"int8"`` or ``"int4"`` keeps what the backward graph reads in a few bits, rounded
+            stochastically, where an operator is linear in it: inputs of matrix products, derivatives of
+            activations, norms (by two roundings). Fused attention runs again, with the linear layers that feed
+            it; what unknown operators read stays as it is. Only with ``keep=1`` and ``mode="save"``.
         mode: ``"save"`` keeps the activations of the exact forward pass and slices them, at cost
             ``1 + 2 keep`` (a forward pass is 1); ``"recompute"`` keeps the inputs only and recomputes
             the kept rows, dropout masks included, at cost ``1 + 3 keep``.
@@ -44,23 +48,29 @@ class Region(Sketch):
 
     Example:
         >>> Region(keep=0.5, mode="recompute")
-        Region(keep=0.5, row_dims=1, mode='recompute', arithmetic='exact')
+        Region(keep=0.5, row_dims=1, mode='recompute', arithmetic='exact', save='exact')
     """
 
     keep: float
     row_dims: int = 1
     mode: Literal["save", "recompute"] = "save"
     arithmetic: Literal["exact", "int8"] = "exact"
+    save: Literal["exact", "int8", "int4"] = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)
         check_choice(self, "mode", self.mode, ("save", "recompute"))
         check_choice(self, "arithmetic", self.arithmetic, ("exact", "int8"))
+        check_choice(self, "save", self.save, ("exact", "int8", "int4"))
+        if self.save != "exact" and (self.keep != 1 or self.mode != "save"):
+            raise ValueError(
+                f"Region: save={self.save!r} keeps rounded tensors of all rows: it needs keep=1.0 and mode='save'"
+            )
 
     def is_exact(self) -> bool:
         """Whether nothing is randomized."""
-        return self.keep == 1 and self.arithmetic == "exact"
+        return self.keep == 1 and self.arithmetic == self.save == "exact"
 
 
 @register("mask")

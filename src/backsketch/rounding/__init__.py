@@ -55,10 +55,10 @@ class Rounding:
         return _pack(x, seed, stream, self.bits, self.group_size, twice)
 
     def pack_slope(
-        self, x: Tensor, y: Tensor, function: str, seed: Tensor
+        self, x: Tensor, y: Tensor, function: str, seed: Tensor, stream: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What is kept of the slope of ``"gelu"`` or ``"silu"`` at ``x``, whose values are ``y``."""
-        return _pack_slope(x, y, function, seed, self.bits, self.group_size)
+        return _pack_slope(x, y, function, seed, stream, self.bits, self.group_size)
 
     def restore(
         self,
@@ -160,12 +160,12 @@ def _pack_fake(
 
 
 def _pack_slope_impl(
-    x: Tensor, y: Tensor, function: str, seed: Tensor, bits: int, group_size: int
+    x: Tensor, y: Tensor, function: str, seed: Tensor, stream: int, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     x, y = _flat(x).to(wide), _flat(y).to(wide)
     run = _kernels(x, y) or eager
-    return run.pack_slope(x, y, function, key_of(seed, 0), bits, group_size)
+    return run.pack_slope(x, y, function, key_of(seed, stream), bits, group_size)
 
 
 def _layer_norm_impl(
@@ -246,10 +246,10 @@ _times = operator(
     _like,
 )
 _pack_slope = operator(
-    "pack_slope(Tensor x, Tensor y, str function, Tensor seed, int bits, int group_size)"
+    "pack_slope(Tensor x, Tensor y, str function, Tensor seed, int stream, int bits, int group_size)"
     " -> (Tensor, Tensor)",
     _pack_slope_impl,
-    lambda x, y, function, seed, bits, size: _pack_fake(x, seed, 0, bits, size, False),
+    lambda x, y, function, seed, stream, bits, size: _pack_fake(x, seed, stream, bits, size, False),
 )
 _layer_norm = operator(
     "layer_norm(Tensor g, Tensor? weight, Tensor? mean, Tensor rstd, Tensor codes, Tensor scales, int bits,"
