@@ -40,13 +40,14 @@ def _convolution(
     padding: Sequence[int], dilation: Sequence[int], groups: int, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The vector-Jacobian products of a convolution, rounded; the first in the layout of ``x``."""
-    sizes = [tuple(s) for s in (weight.shape[2:], stride, padding, dilation, x.shape[2:])]
-    if _is_matrix(x) and _is_pointwise(*sizes[:3], groups):
+    kernel = tuple(weight.shape[2:])
+    if _is_matrix(x) and _is_pointwise(kernel, stride, padding, groups):
         return _over_positions(g, x, weight, seed, stream, wanted)
+    moves = tuple(stride), tuple(padding), tuple(dilation)
+    geometry = Geometry(kernel, *moves, tuple(x.shape[2:]), groups)
     below, at_weight = products.convolution_vjps(
-        g, x if wanted[1] else None, weight if wanted[0] else None, Geometry(*sizes, groups), seed,
-        stream=stream,
-    )  # fmt: skip
+        g, x if wanted[1] else None, weight if wanted[0] else None, geometry, seed, stream=stream
+    )
     if below is not None and below.stride() != x.stride():
         below = torch.empty_like(x).copy_(below)
     nothing = x.new_empty(0)

@@ -95,7 +95,7 @@ def _met(
 ) -> frozenset[fx.Node]:
     """The roundings that a node may depend on: codes themselves count as none."""
     read = [met.get(n, _NOTHING) for n in node.all_input_nodes]
-    at = _MULTIPLIES.get(node.target)  # type: ignore[arg-type]
+    at = _MULTIPLIES.get(node.target)
     if at is not None and args_of(node)[at] is not None:
         return _product([*read, frozenset({_rounding_of(args_of(node)[at])})], node)
     if node.target is low.restore_operator:

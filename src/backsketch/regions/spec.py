@@ -37,8 +37,8 @@ class Region(Sketch):
             ``BatchNorm`` in training mode included. A recomputed forward pass stays exact.
         save: ``"int8"`` or ``"int4"`` keeps what the backward graph reads in a few bits, rounded
             stochastically, where an operator is linear in it: inputs of matrix products, derivatives of
-            activations, norms (by two roundings). Fused attention runs again, with the linear layers that feed
-            it; what unknown operators read stays as it is. Only with ``keep=1`` and ``mode="save"``.
+            activations, norms (by two roundings). Fused attention runs again, with the linear layers and the norm
+            in front of it; what unknown operators read stays as it is. Only with ``keep=1`` and ``mode="save"``.
         mode: ``"save"`` keeps the activations of the exact forward pass and slices them, at cost
             ``1 + 2 keep`` (a forward pass is 1); ``"recompute"`` keeps the inputs only and recomputes
             the kept rows, dropout masks included, at cost ``1 + 3 keep``.
