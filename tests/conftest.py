@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import backsketch as bs
+from backsketch.untouched import seed_torch
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
 
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _fixed_streams():
     torch.set_num_threads(1)  # some tests ask for more
-    torch.manual_seed(0)
+    seed_torch(0)
     bs.seed(0)
 
 

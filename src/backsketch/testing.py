@@ -21,6 +21,7 @@ from backsketch import ops
 from backsketch.arithmetic import spread_batch
 from backsketch.estimators import Estimator, Exact, Sketch
 from backsketch.nn.swap import Swapped, exact
+from backsketch.untouched import seed_torch
 
 __all__ = ["Moments", "UnbiasedReport", "check_unbiased", "gradient_moments"]
 
@@ -290,7 +291,7 @@ def _frozen(model: nn.Module, seed: int) -> Iterator[None]:
     """The same dropout masks in every draw, and buffers (running statistics) put back afterwards."""
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         yield
     with torch.no_grad():
         for name, b in model.named_buffers():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,28 +76,31 @@ class TestOut:
             pass
 
 
-def limited(limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process whose files cannot grow beyond `limit` bytes, as on a disk that is full."""
-    code = (
-        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
-        "from backsketch.cli import main; main()"
-    )
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@contextmanager
+def nearly_full(limit: int) -> Iterator[None]:
+    """No file of this process grows beyond `limit` bytes: the writes fail as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class TestFullDisk:
     def test_the_earlier_checkpoint_stays_and_no_partial_one_is_left(self):
         assert invoke("train", *QUICK, "--out", "out").exit_code == 0
         before = Path("out/checkpoint.pt").read_bytes()
-        done = limited(4096, "train", *QUICK, "--epochs=4", "--out", "other")
-        assert done.returncode == 2, done.stderr
-        assert "cannot write other/checkpoint.pt: file too large" in done.stderr
-        assert "Traceback" not in done.stderr
+        with nearly_full(4096):
+            done = invoke("train", *QUICK, "--epochs=4", "--out", "other")
+        assert done.exit_code == 2, done.output
+        assert "cannot write other/checkpoint.pt: file too large" in done.output
+        assert "Traceback" not in done.output
         assert not list(Path("other").glob("*.partial"))
         Path("out/result.json").unlink()
-        done = limited(4096, "train", "--resume", "--out", "out")
-        assert done.returncode == 2, done.stderr
+        with nearly_full(4096):
+            done = invoke("train", "--resume", "--out", "out")
+        assert done.exit_code == 2, done.output
         assert Path("out/checkpoint.pt").read_bytes() == before
         assert invoke("train", "--resume", "--out", "out").exit_code == 0
 
