@@ -1,21 +1,22 @@
-"""Plans for a ViT in the middle and at the end of its training: predicted beside measured.
+"""Plans for ViTs in the middle of their training: predicted beside measured.
 
-    python benchmarks/planner.py --data uoft-cs/cifar10 --checkpoints /tmp/vit
+    python benchmarks/planner.py --data uoft-cs/cifar10 --model narrow --checkpoints /tmp/narrow
+    python benchmarks/planner.py --data uoft-cs/cifar10 --model wide --checkpoints /tmp/wide
 
-trains the reference ViT exactly (unless its checkpoints are there), profiles it after some of the epochs, applies
-plans, the hand-made combination and uniform keeps, measures each on batches that the profile has not seen, and
-writes ``results/planner.json``.
+train the ViT exactly (unless its checkpoint is there), profile it, apply plans, the hand-made combinations and
+uniform keeps, measure each on batches that the profile has not seen, and write ``results/planner.json``. What is
+there already is kept, so that a run on a machine that is only idle for a while can be continued, ``--most`` plans
+at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,27 @@ from backsketch.train.images import Batch, Batches, ImageData
 from backsketch.train.setup import make_optimizer, make_schedule
 
 THREADS = 1
-PROFILED, CHECKED, DRAWS = 8, 16, 2
+PROFILED, CHECKED, DRAWS = 4, 8, 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ViT, the images that it learns, and after which of its epochs it is profiled."""
+
+    shape: dict[str, int]
+    images: int
+    epochs: int
+    at: int
+    batch_size: int
+
+
+CASES = {
+    "narrow": Case({}, 40_000, 16, 8, 128),  # the reference ViT: d 96, 4 blocks, patch 8
+    "wide": Case({"dim": 192, "depth": 6, "patch": 4}, 3_000, 4, 2, 64),
+}
 SAVE = {"blocks.*.mlp": "region:keep={},row_dims=2", "blocks.*.attn": "region:keep={}"}
 HAND_MADE = {
+    "int8 at every layer": {"blocks.*": "int8"},
     "mask 0.75, MLP tokens 0.5": {
         "": "mask:keep=0.75",
         "blocks.*.mlp": SAVE["blocks.*.mlp"].format(0.5),
@@ -49,7 +68,7 @@ HAND_MADE = {
 
 def plans(profile: Profile) -> Iterator[tuple[str, Plan]]:
     yield "time", profile.plan()
-    for limit in (0.05, 0.1, 0.2):
+    for limit in (0.05, 0.2):
         yield f"time, extra variance up to {limit}", profile.plan(max_extra_variance=limit)
     for limit in (0.9, 0.8, 0.7):
         try:
@@ -57,7 +76,6 @@ def plans(profile: Profile) -> Iterator[tuple[str, Plan]]:
         except ValueError:  # nothing is that fast
             continue
     yield "memory", profile.plan("memory")
-    yield "memory, time up to 1", profile.plan("memory", max_time=1.0)
     half = 0.5 * profile.saved_bytes
     yield "variance, half of the bytes", profile.plan("variance", max_saved_bytes=half)
 
@@ -66,26 +84,24 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch.images), batch.labels)
 
 
-def train(data: ImageData, config: TrainConfig, folder: Path, at: list[int]) -> None:
-    """Exact training; writes EPOCH.pt with the weights and the test accuracy."""
+def train(case: Case, data: ImageData, config: TrainConfig, path: Path) -> None:
+    """Exact training; writes the weights and the test accuracy."""
     torch.manual_seed(config.seed)
-    model = build("vit", data.image_shape, data.num_classes)
+    model = build("vit", data.image_shape, data.num_classes, **case.shape)
     batches = Batches(data, config, torch.device("cpu"), 0, 1)
     optimizer = make_optimizer(model, config)
     schedule = make_schedule(optimizer, config, batches.steps_per_epoch * config.epochs)
-    for epoch in range(1, max(at) + 1):
+    for epoch in range(case.at):
         losses = []
-        for (batch,) in batches.train(epoch - 1):
+        for (batch,) in batches.train(epoch):
             loss = loss_fn(model, batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        print(f"epoch {epoch}: loss {statistics.fmean(losses):.4f}", flush=True)
-        if epoch in at:
-            accuracy = _accuracy(model, batches)
-            torch.save({"model": model.state_dict(), "accuracy": accuracy}, folder / f"{epoch}.pt")
+        print(f"epoch {epoch + 1}: loss {statistics.fmean(losses):.4f}", flush=True)
+    torch.save({"model": model.state_dict(), "accuracy": _accuracy(model, batches)}, path)
 
 
 @torch.no_grad()
@@ -125,29 +141,40 @@ def measured(model: nn.Module, plan: Plan, batches: list[Batch]) -> dict[str, An
         bs.restore_(model)
 
 
-def study(model: nn.Module, batches: list[Batch]) -> dict[str, Any]:
-    step = step_seconds(model, batches[0])
-    start = time.process_time()
-    profile = bs.profile(model, batches[:PROFILED], loss_fn)
-    cost = (time.process_time() - start) / step
-    rows = []
+def profiled(model: nn.Module, batches: list[Batch], path: Path) -> dict[str, Any]:
+    """Profile twice, for the cost in a new process and in one that has profiled before; writes the second."""
+    step, costs = step_seconds(model, batches[0]), []
+    for _ in range(2):
+        start = time.process_time()
+        profile = bs.profile(model, batches[:PROFILED], loss_fn)
+        costs.append((time.process_time() - start) / step)
+    profile.save(path)
+    best = ideal(profile).plan().predicted
+    return {
+        "noise_scale": profile.noise_scale,
+        "forward": profile.least_ratio,
+        "step_seconds": step,
+        "profile_steps": costs,  # the first also loads torch.compile and captures the regions
+        "ideal": numbers(best),
+        "rows": [],
+    }
+
+
+def study(
+    model: nn.Module, batches: list[Batch], path: Path, rows: list[dict[str, Any]], most: int
+) -> None:
+    profile = Profile.load(path)
     exact = CostEstimate(1.0, 0.0, profile.saved_bytes, 1.0)
     candidates = [(name, plan, True) for name, plan in plans(profile)]
     candidates += [(name, Plan(texts, exact), False) for name, texts in HAND_MADE.items()]
-    for name, plan, predicted in candidates:
+    done = {row["plan"] for row in rows}
+    for name, plan, predicted in [c for c in candidates if c[0] not in done][:most]:
         row: dict[str, Any] = {"plan": name, "rules": dict(plan.texts), "reason": plan.reason}
         row["predicted"] = numbers(plan.predicted) if predicted else None
         twin = next((r for r in rows if r["rules"] == row["rules"]), None)
         row["measured"] = twin["measured"] if twin else measured(model, plan, batches[PROFILED:])
         rows.append(row)
         print(line(row), flush=True)
-    return {
-        "noise_scale": profile.noise_scale,
-        "step_seconds": step,
-        "profile_steps": cost,  # the first also loads torch.compile and captures the regions
-        "ideal": numbers(ideal(profile).plan().predicted),
-        "rows": rows,
-    }
 
 
 def ideal(profile: Profile) -> Profile:
@@ -159,7 +186,7 @@ def ideal(profile: Profile) -> Profile:
         return replace(option, fixed_seconds=-seconds, live_seconds=seconds * option.keep)
 
     sites = [replace(s, options=tuple(map(promised, s.options))) for s in profile.sites]
-    return replace(profile, sites=tuple(sites))
+    return replace(profile, sites=tuple(sites), trials=())
 
 
 def line(row: dict[str, Any]) -> str:
@@ -174,37 +201,36 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--images", type=int, default=40_000)
-    parser.add_argument("--at", type=int, nargs="+", default=[8, 15], help="epochs of 16")
-    parser.add_argument("--checkpoints", type=Path, default=Path("runs/planner"))
+    parser.add_argument("--model", choices=CASES, default="narrow")
+    parser.add_argument("--checkpoints", type=Path, required=True)
+    parser.add_argument("--most", type=int, default=99, help="plans measured in this run")
     parser.add_argument("--out", type=Path, default=Path("results/planner.json"))
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    data = load_data(options.data).limited(options.images)
-    asked = {"model": "vit", "data": options.data, "sketch": "none"}
+    case = CASES[options.model]
+    data = load_data(options.data).limited(case.images)
+    asked = {"model": "vit", "data": options.data, "sketch": "none", "epochs": case.epochs}
+    asked |= {"batch_size": case.batch_size}
     config = resolve(asked, num_train=data.num_train, image_shape=data.image_shape)
     options.checkpoints.mkdir(parents=True, exist_ok=True)
-    missing = [e for e in options.at if not (options.checkpoints / f"{e}.pt").exists()]
-    if missing:
-        train(data, config, options.checkpoints, options.at)
-    result: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor(),
-            "threads": THREADS,
-            "torch": torch.__version__,
-        },
-        "config": config.as_dict() | {"data": "cifar10", "images": options.images},
-        "batches": {"profiled": PROFILED, "checked": CHECKED, "draws": DRAWS},
-        "checkpoints": {},
-    }
+    weights, path = (options.checkpoints / f"{case.at}{end}" for end in (".pt", ".json"))
+    if not weights.exists():
+        train(case, data, config, weights)
+    saved = torch.load(weights)
+    model = build("vit", data.image_shape, data.num_classes, **case.shape)
+    model.load_state_dict(saved["model"])
     source = Batches(data, config, torch.device("cpu"), 0, 1).train(1000)
     batches = [next(source)[0] for _ in range(PROFILED + CHECKED)]
-    for epoch in options.at:
-        saved = torch.load(options.checkpoints / f"{epoch}.pt")
-        model = build("vit", data.image_shape, data.num_classes)
-        model.load_state_dict(saved["model"])
-        print(f"after {epoch} epochs, test accuracy {saved['accuracy']:.2%}", flush=True)
-        result["checkpoints"][str(epoch)] = {"accuracy": saved["accuracy"], **study(model, batches)}
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result |= {
+        "machine": {"threads": THREADS, "torch": torch.__version__},
+        "batches": {"profiled": PROFILED, "checked": CHECKED, "draws": DRAWS},
+    }
+    found = result.setdefault("models", {})
+    if options.model not in found or not path.exists():
+        found[options.model] = asdict(case) | {"accuracy": saved["accuracy"]}
+        found[options.model] |= profiled(model, batches, path)
+    study(model, batches, path, found[options.model]["rows"], options.most)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

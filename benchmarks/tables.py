@@ -231,8 +231,13 @@ _HEADLINE = ("time to target", "over best exact", "final accuracy")
 def planner() -> str:
     header = ["plan, predicted / measured", "time", "extra variance", "saved, MiB", "c·v, measured"]
     rows = []
-    for epoch, checkpoint in _load("planner")["checkpoints"].items():
-        rows.append([f"**after {epoch} of 16 epochs**", "", "", "", ""])
+    for checkpoint in _load("planner")["models"].values():
+        shape = {"dim": 96, "depth": 4, "patch": 8} | checkpoint["shape"]
+        trained = (
+            f"{checkpoint['at']} of {checkpoint['epochs']} epochs of {checkpoint['images']} images"
+        )
+        name = f"**d {shape['dim']}, {shape['depth']} blocks, patch {shape['patch']}, after {trained}**"
+        rows.append([name, "", "", "", ""])
         for row in checkpoint["rows"]:
             pair = [row[side] for side in ("predicted", "measured") if row[side]]
             cells = [
@@ -256,11 +261,11 @@ def planner() -> str:
 
 
 def planner_cost() -> str:
-    checkpoints = _load("planner")["checkpoints"].values()
-    rows = [
-        [kind, f"{c['profile_steps']:.0f}"] for kind, c in zip(("first", "second"), checkpoints)
-    ]
-    return _markdown(["profile of a process", "cost in exact steps"], rows)
+    models = _load("planner")["models"].values()
+    costs = zip(("first", "second"), *(m["profile_steps"] for m in models))
+    rows = [[kind, *(f"{cost:.0f}" for cost in found)] for kind, *found in costs]
+    widths = [f"cost in exact steps, d {m['shape'].get('dim', 96)}" for m in models]
+    return _markdown(["profile of a process", *widths], rows)
 
 
 CONTROLLED = {"mlp": "MLP, MNIST", "vit": "ViT, CIFAR-10"}

@@ -16,16 +16,18 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch.models import build
-from backsketch.planning import Profile
+from backsketch.planning import CostEstimate, Plan, Profile
+from backsketch.planning.measure import timing
 from backsketch.planning.measure.passes import passes
 from backsketch.planning.measure.recorder import backward, watching
 from backsketch.planning.measure.rows import row_curve
+from backsketch.planning.plan import trial
 from backsketch.planning.plan.frontier import frontier
 from backsketch.planning.plan.knapsack import choose
-from backsketch.planning.profiling import profiler
+from backsketch.planning.profiling import observe, profiler, times
 from backsketch.planning.profiling.noise import region_noise
 from backsketch.planning.profiling.progress import stages
-from backsketch.planning.profiling.records import MaskOption, Option, SiteProfile
+from backsketch.planning.profiling.records import MaskOption, Option, SiteProfile, Trial
 from backsketch.planning.profiling.sites import find_sites
 
 
@@ -53,6 +55,12 @@ def vit():
 @pytest.fixture(scope="module")
 def profile(vit):
     return bs.profile(vit, batches((3, 16, 16)), loss_fn, progress=False)
+
+
+def propose(monkeypatch, rules):
+    """Let the plan for time be these rules, whatever was measured."""
+    plan = Plan(rules, CostEstimate(0.8, 0, 0, 0.8))
+    monkeypatch.setattr(trial, "make_plan", lambda *_: plan)
 
 
 # --- sites -----------------------------------------------------------------------------------------
@@ -135,14 +143,14 @@ def test_the_noise_put_in_by_hand_is_that_of_the_sketched_model(vit):
             for i, name in enumerate(names):
                 noisy = run.gradient(batch, 0, [i])
                 error = sum(float((a - b).square().sum()) for a, b in zip(noisy, exact))
-                assert found[name].isolated == pytest.approx(error, rel=1e-3)
+                assert found[name].error == pytest.approx(error, rel=1e-3)
     finally:
         bs.restore_(vit)
     reached = {n for n, energy in found["blocks.0.mlp"].arriving.items() if energy > 0}
     assert reached == {"blocks.0.attn"}  # what is below it
     top, bottom = found["blocks.1.mlp"], found["blocks.0.attn"]
-    assert top.joint == top.isolated
-    assert bottom.joint > bottom.isolated
+    assert top.growth == 0
+    assert bottom.growth > 0
 
 
 def uneven(model, batch):
@@ -177,6 +185,15 @@ def test_predictions_count_masks_and_regions_above(vit, uneven_profile, mask):
 def test_a_rule_that_was_not_measured_has_no_prediction(profile):
     with pytest.raises(ValueError, match="none of the options"):
         profile.predict({"blocks.0.mlp": "region:keep=0.55,row_dims=2"})
+
+
+def test_a_profile_runs_the_model_no_more_than_it_must(vit, monkeypatch):
+    """Once for the sites, four exact passes and one more for the time, three forward passes, one for the bytes."""
+    propose(monkeypatch, {})
+    passes = []
+    with vit.register_forward_pre_hook(lambda *_: passes.append(1)):
+        bs.profile(vit, batches((3, 16, 16), 6), loss_fn, progress=False)
+    assert len(passes) == 10
 
 
 def test_every_stage_moves_the_bar(vit, monkeypatch):
@@ -218,8 +235,9 @@ def test_bad_input_is_named_and_changes_nothing(vit, count, spoil, message):
     vit.train()
 
 
-def test_a_loss_that_breaks_late_leaves_the_model_as_it_was(vit):
-    """In the sketched passes, when all sites are sketched."""
+def test_a_loss_that_breaks_late_leaves_the_model_as_it_was(vit, monkeypatch):
+    """In the sketched passes, when a plan is tried as a whole."""
+    propose(monkeypatch, {"blocks.0.mlp": "region:keep=0.5,row_dims=2"})
     vit.eval()
 
     def breaks(model, batch):
@@ -455,6 +473,95 @@ def test_auto_takes_what_saves_time_where_nothing_pays_yet():
     nothing = dataclasses.replace(profile, sites=tuple(sites[2:])).auto_plan()
     assert nothing.is_exact
     assert "no sketch saves time on this device" in nothing.reason
+
+
+def with_int8(noise_scale=10.0, seconds=-0.1, error=0.0, rows=()) -> Profile:
+    """Two sites where 8-bit products save what ``seconds`` says, beside ``rows``."""
+
+    def site(i: int) -> SiteProfile:
+        int8 = Option("int8", 1.0, {f"b{i}": "int8"}, seconds, 0.0, 1e-4, 0, error_seconds=error)
+        found = [
+            Option(family, keep, {f"b{i}": f"{text}:keep={keep}"}, saved, 0.0, omega, 0)
+            for family, text, keep, saved, omega in rows
+        ]
+        return SiteProfile(f"b{i}", "branch", 1, (), (int8, *found), backward_seconds=0.3)
+
+    return Profile((site(0), site(1)), (), 1.0, 1000, noise_scale, 1.0, "cpu", "2")
+
+
+@pytest.mark.parametrize("noise_scale", [0.001, 1.0, math.inf])
+def test_8_bits_are_in_every_plan_where_they_are_faster(noise_scale):
+    """A smaller batch is no rival: it takes the same part of the time of both."""
+    plan = with_int8(noise_scale).plan()
+    assert plan.texts == {"b0": "int8", "b1": "int8"}
+    assert plan.predicted.time_ratio == pytest.approx(0.8)
+    assert with_int8(noise_scale).auto_plan().texts == plan.texts
+    if noise_scale < 1:
+        assert "smaller batch" in plan.reason
+    assert with_int8(noise_scale, seconds=0.01).plan().is_exact
+    assert with_int8(noise_scale, error=0.06).plan().is_exact  # it may be noise
+
+
+def test_rows_come_on_top_of_8_bits_where_their_variance_pays():
+    rows = [("save", "region", 0.5, -0.2, 0.01), ("save", "region", 0.3, -0.25, 0.9)]
+    assert set(with_int8(rows=rows).plan().texts.values()) == {"region:keep=0.5"}
+    dear = [(*row[:4], 5.0) for row in rows]
+    assert set(with_int8(rows=dear).plan().texts.values()) == {"int8"}
+
+
+def test_auto_lets_a_controller_add_rows_to_8_bits_and_never_takes_the_bits_away():
+    plain = [("save", "region", keep, -0.2, 5.0) for keep in (0.5, 0.3)]
+    assert set(with_int8(rows=plain).auto_plan().texts.values()) == {"int8"}
+    both = [("int8 save", "region:arithmetic=int8", keep, -0.2, 5.0) for keep in (0.5, 0.3)]
+    plan = with_int8(rows=both).auto_plan()
+    assert set(plan.texts.values()) == {"region:arithmetic=int8:keep=0.5"}
+    assert plan.reason.startswith("at first")
+
+
+def test_a_plan_that_does_not_hold_as_a_whole_is_dropped():
+    rows = [("save", "region", 0.5, -0.25, 0.01)]
+    profile = with_int8(rows=rows)
+    first = profile.plan()
+    assert set(first.texts.values()) == {"region:keep=0.5"}
+    slow = Trial(dict(first.texts), 1.02, 0.01, 0.01)
+    second = dataclasses.replace(profile, trials=(slow,)).plan()
+    assert second.texts != first.texts
+    better = dataclasses.replace(slow, time_ratio=0.4)
+    held = dataclasses.replace(profile, trials=(better,)).plan()
+    assert held.texts == first.texts
+    assert held.predicted.time_ratio == 0.4
+
+
+def test_a_plan_is_measured_before_it_is_proposed(vit, monkeypatch):
+    """Whatever is proposed: the trial has its time and its variance, and the prediction is the trial's."""
+    rules = dict.fromkeys(("blocks.0.mlp.fc1", "blocks.1.mlp.fc1"), "rows:keep=0.3")
+    propose(monkeypatch, rules)
+    profile = bs.profile(vit, batches((3, 16, 16)), loss_fn, progress=False)
+    (found,) = profile.trials
+    assert found.rules == rules
+    assert found.extra_variance > 0.001
+    assert found.time_ratio > 0
+    assert Profile.from_dict(profile.to_dict()) == profile
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_timings_at_random_lead_to_nothing_impossible(vit, monkeypatch, seed):
+    """Every timing of the profile is a number between one and two seconds, whatever was timed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def at_random(work):
+        return 1 + float(torch.rand((), generator=generator)), work()
+
+    for module in (timing, observe, times):
+        monkeypatch.setattr(module, "timed", at_random)
+    profile = bs.profile(vit, batches((3, 16, 16)), loss_fn, progress=False)
+    for plan in (profile.plan(), profile.auto_plan(), profile.plan(max_extra_variance=3.0)):
+        assert profile.least_ratio <= plan.predicted.time_ratio <= 1.0
+        assert plan.predicted.cautious_ratio <= 1.0
+    assert profile.plan().predicted.extra_variance <= 1.0
+    for tried in profile.trials:  # what did not hold is not proposed
+        if tried.time_ratio + 2 * tried.time_error > 1:
+            assert profile.plan().texts != tried.rules
 
 
 def test_refusals_say_what_is_better():

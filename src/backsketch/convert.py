@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from backsketch import regions
 from backsketch.estimators import Estimator, Int8
-from backsketch.nn.registry import Adapter, adapter_of, inherent, is_small, refusal
+from backsketch.nn.registry import Adapter, adapter_of, advice, inherent, refusal
 from backsketch.nn.swap import is_swapped, swap_, unswap_
 from backsketch.products import why_slow
 from backsketch.regions import Mask, Region
@@ -307,11 +307,7 @@ def _fill(site: Site, module: nn.Module, adapter: Adapter, sketch: Estimator) ->
         site.saved, site.reason = adapter.keeps(module, sketch), adapter.note
         return
     site.work, site.saved = sketch.work(), sketch.saved()
-    if is_small(module):
-        site.reason = "small: expect no gain in time"
-    else:
-        advice = (sketch.advice(op, weight) for op, weight in adapter.weights(module))
-        site.reason = next(filter(None, advice), "")
+    site.reason = advice(module, sketch)
 
 
 def _refused(resolution: _Resolution) -> list[str]:

@@ -17,6 +17,7 @@ __all__ = [
     "SMALL_WEIGHT",
     "Adapter",
     "adapter_of",
+    "advice",
     "foreign",
     "inherent",
     "is_small",
@@ -139,6 +140,15 @@ def is_small(module: nn.Module) -> bool:
     adapter = adapter_of(module)
     assert adapter is not None
     return sum(weight.numel() for _, weight in adapter.weights(module)) < SMALL_WEIGHT
+
+
+def advice(module: nn.Module, estimator: Estimator) -> str:
+    """Why no gain in time is expected of an estimator at a layer of a known kind; empty where one is."""
+    if is_small(module):
+        return "small: expect no gain in time"
+    adapter = adapter_of(module)
+    assert adapter is not None
+    return next(filter(None, (estimator.advice(*pair) for pair in adapter.weights(module))), "")
 
 
 def refusal(module: nn.Module, estimator: Estimator) -> str | None:

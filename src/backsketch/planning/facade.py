@@ -13,6 +13,7 @@ from backsketch.planning.plan.candidates import auto_plan
 from backsketch.planning.plan.plan import Plan
 from backsketch.planning.plan.prediction import predict
 from backsketch.planning.plan.search import make_plan
+from backsketch.planning.plan.trial import tried
 from backsketch.planning.profiling.profiler import measured
 from backsketch.planning.profiling.records import ProfileData
 
@@ -48,7 +49,8 @@ class Profile(ProfileData):
             max_time: a step takes at most this fraction of an exact one. For ``"memory"`` 1.1 by default.
 
         Returns:
-            A :class:`Plan`, the exact one where nothing beats exact training or a smaller batch.
+            A :class:`Plan`: 8-bit products alone where nothing else beats exact training or a smaller batch, the
+            exact one where they are not faster either.
 
         Raises:
             ValueError: an unknown objective, a limit that is not positive, limits that no plan meets.
@@ -102,11 +104,12 @@ def profile(
 
     Finds the sites by itself, times each by itself on this device, counts the bytes that they save for the
     backward, and measures the extra variance of each at keep 0.5 on two batches, carried to the other keeps, and
-    below masks, by the closed form of the row scores.
+    below masks, by the closed form of the row scores. The plan for time is then measured as a whole, and dropped
+    if it does not hold.
 
     Args:
         model: without sketches; it is left as it was, gradients, buffers, modes and random streams included.
-        batches: an iterable of at least two batches, as training draws them; the first eight are used.
+        batches: an iterable of at least two batches, as training draws them; the first four are used.
         loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch.
         progress: show a progress bar.
 
@@ -117,4 +120,4 @@ def profile(
         ValueError: fewer than two batches, a loss that is not finite, a model that is sketched already or has
             nothing to sketch.
     """
-    return Profile(**vars(measured(model, batches, loss_fn, progress)))
+    return Profile(**vars(measured(model, batches, loss_fn, progress, tried)))

@@ -108,9 +108,10 @@ def _measured(profile: ProfileData, site: MovableSite) -> tuple[float, float]:
 
 
 def _is_timing_of(option: Option, site: MovableSite) -> bool:
-    """Whether it was timed with the sketch of a site, at whatever keep; of regions the mode decides."""
+    """Whether it was timed with the sketch of a site, at whatever keep; of regions mode and arithmetic decide."""
     if isinstance(site.base, Region):
-        return option.family == site.base.mode and site.name in option.rules
+        bits = "int8 " if site.base.arithmetic == "int8" else ""
+        return option.family == bits + site.base.mode and site.name in option.rules
     return option.rules.get(site.name) == str(site.base.with_keep(option.keep))
 
 

@@ -190,9 +190,10 @@ def backward(
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
 
 
-def rerun(module: nn.Module, call: Call) -> None:
-    """One forward and backward pass of a module by itself."""
+def rerun(module: nn.Module, call: Call) -> list[Tensor]:
+    """One forward and backward pass of a module by itself: gradients of its inputs, then of its parameters."""
     outputs = [t for t in tensors_of(module(*call.args, **call.kwargs)) if t.requires_grad]
     cotangents = call.cotangents or [torch.randn_like(t) for t in outputs]
     wanted = [t for t in (*call.tensors, *module.parameters()) if t.requires_grad]
-    torch.autograd.grad(outputs[: len(cotangents)], wanted, cotangents, allow_unused=True)
+    grads = torch.autograd.grad(outputs[: len(cotangents)], wanted, cotangents, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TypeVar
@@ -16,8 +15,13 @@ __all__ = ["Timing", "compared", "synchronize", "timed"]
 T = TypeVar("T")
 
 
-def timed(work: Callable[[], T], clock: Callable[[], float] = time.perf_counter) -> tuple[float, T]:
-    """Seconds of a call, the device's work included, and what it returned."""
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of a call, the device's work included, and what it returned.
+
+    Work in one thread of the CPU is timed by that thread's own clock: other jobs on the machine do not count.
+    """
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    clock = time.thread_time if alone else time.perf_counter
     synchronize()
     start = clock()
     result = work()
@@ -47,37 +51,46 @@ class Timing:
 
 
 def compared(
-    work: Callable[[], object],
-    exactly: Callable[[], AbstractContextManager[object]] = nullcontext,
+    exactly: Callable[[], object],
+    others: Sequence[Callable[[], object]],
     *,
     rounds: tuple[int, int] = (3, 10),
     known: float = 0.03,
     seconds: float = 0.5,
-) -> tuple[Timing, Timing]:
-    """Time sketched and exact work in turns, so that another job on the machine slows down both.
+    warm: bool = False,
+) -> tuple[list[Timing], Timing]:
+    """Time exact work and others in turns, so that another job on the machine slows down all of them.
 
     Args:
-        work: what is timed.
-        exactly: a context in which it is exact.
-        rounds: the fewest and the most; one before them warms up, and is not counted.
-        known: no more than the fewest rounds once the error of the difference is below this fraction of the exact
-            time.
-        seconds: nor once this time has passed.
+        exactly: what the others are compared with.
+        others: ways to do it.
+        rounds: the fewest and the most.
+        known: a way is timed no more once the error of its difference is below this fraction of the exact time, or
+            it is slower than exact by three errors.
+        seconds: per way and exact; none is timed beyond the fewest rounds once this time has passed.
+        warm: whether the ways have been run before; else a round that is not counted comes first.
 
     Returns:
-        The difference sketched minus exact, and the exact time.
+        The differences to exact, and the exact time.
     """
-    pairs: list[tuple[float, float]] = []
-    start = time.perf_counter()
-    for turn in range(rounds[1] + 1):
-        sketched, _ = timed(work)
-        with exactly():
-            exact, _ = timed(work)
+    base: list[float] = []
+    differences: list[list[float]] = [[] for _ in others]
+    unknown = list(range(len(others)))
+    end = time.perf_counter() + seconds * (1 + len(others))
+    for turn in range(warm, rounds[1] + 1):
+        ways = [(None, exactly), *((i, others[i]) for i in unknown)]
+        taken = {i: timed(way)[0] for i, way in ways[:: 1 if turn % 2 else -1]}
         if turn:
-            pairs.append((sketched - exact, exact))
+            base.append(taken[None])
+            for i in unknown:
+                differences[i].append(taken[i] - taken[None])
         if turn >= rounds[0]:
-            difference, base = (Timing.of(times) for times in zip(*pairs))
-            late = time.perf_counter() - start > seconds
-            if late or difference.error <= known * base.seconds:
+            least = known * Timing.of(base).seconds
+            unknown = [i for i in unknown if not _is_known(Timing.of(differences[i]), least)]
+            if not unknown or time.perf_counter() > end:
                 break
-    return difference, base
+    return [Timing.of(d) for d in differences], Timing.of(base)
+
+
+def _is_known(difference: Timing, least: float) -> bool:
+    return difference.error <= least or difference.seconds > 3 * difference.error

@@ -33,11 +33,14 @@ class CostEstimate:
     time_error: float = 0.0
 
     @property
+    def cautious_ratio(self) -> float:
+        """``time_ratio`` if a step takes as long as the timings leave possible."""
+        return self.time_ratio + CAUTION * self.time_error
+
+    @property
     def cautious_rho(self) -> float:
-        """``rho`` if a step takes as long as the timings leave possible."""
-        if not self.time_ratio:
-            return self.rho
-        return self.rho * (1 + CAUTION * self.time_error / self.time_ratio)
+        """``rho`` for such a step."""
+        return self.rho * self.cautious_ratio / self.time_ratio if self.time_ratio else self.rho
 
     def __str__(self) -> str:
         return (

@@ -21,7 +21,8 @@ __all__ = ["Plan"]
 class Plan:
     """Rules for :func:`backsketch.sketch_`, with what they cost.
 
-    ``bs.sketch_(model, plan)`` applies it. ``reason`` says why a plan is exact, and what would be better.
+    ``bs.sketch_(model, plan)`` applies it. ``reason`` says why a plan is exact or keeps to
+    8-bit products, and what would be better.
     """
 
     texts: Mapping[str, str]

@@ -13,7 +13,7 @@ from backsketch.planning.profiling.records import Option, ProfileData
 from backsketch.regions import Mask
 from backsketch.theory.cost import smaller_batch_ratio, time_to_target_ratio
 
-__all__ = ["Picked", "assembled", "exact_plan", "option_variance", "predict"]
+__all__ = ["Picked", "assembled", "chosen", "exact_plan", "option_variance", "predict"]
 
 Picked = Sequence[Option | None]
 """An option for each site, None where it stays exact."""
@@ -26,15 +26,19 @@ def predict(profile: ProfileData, rules: Mapping[str, object]) -> Plan:
     left = {pattern: str(parse(str(sketch))) for pattern, sketch in rules.items()}
     masks = [str(Mask(keep=m.keep)) for m in profile.masks]
     mask = masks.index(left.pop("")) if left.get("") in masks else None
-    chosen: list[Option | None] = []
-    for site in profile.sites:
-        fitting = [o for o in site.options if o.rules.items() <= left.items()]
-        chosen.append(fitting[0] if fitting else None)
-        left = {k: v for k, v in left.items() if not fitting or k not in fitting[0].rules}
-    if left:
-        pattern, text = next(iter(left.items()))
-        raise ValueError(f"predict: {pattern!r}: {text} is none of the options of the profile")
-    return assembled(profile, mask, chosen)[0]
+    options = chosen(profile, left)
+    used = {pattern for o in options if o is not None for pattern in o.rules}
+    for pattern in left.keys() - used:
+        raise ValueError(
+            f"predict: {pattern!r}: {left[pattern]} is none of the options of the profile"
+        )
+    return assembled(profile, mask, options)[0]
+
+
+def chosen(profile: ProfileData, texts: Mapping[str, str]) -> list[Option | None]:
+    """The option of a plan at each site, None where it leaves the site exact."""
+    rules = texts.items()
+    return [next((o for o in s.options if o.rules.items() <= rules), None) for s in profile.sites]
 
 
 def assembled(profile: ProfileData, mask: int | None, options: Picked) -> tuple[Plan, list[float]]:
@@ -44,6 +48,10 @@ def assembled(profile: ProfileData, mask: int | None, options: Picked) -> tuple[
         texts[""] = str(Mask(keep=profile.masks[mask].keep))
     ratio, error = _time(profile, 1.0 if mask is None else profile.masks[mask].keep, options)
     omega, factors = _joint_variance(profile, mask, options)
+    for trial in profile.trials:
+        if trial.rules == texts:
+            ratio = max(trial.time_ratio, profile.least_ratio)
+            error, omega = trial.time_error, trial.extra_variance
     size = profile.saved_bytes + sum(o.saved_bytes for o in options if o is not None)
     rho = time_to_target_ratio(ratio, 1 + omega, profile.noise_scale)
     cost = CostEstimate(ratio, omega, size, rho, _smaller_batch(profile), time_error=error)

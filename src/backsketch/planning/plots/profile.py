@@ -21,6 +21,7 @@ _TITLES = {
     "save": "regions, activations saved",
     "recompute": "regions, recomputed",
     "weights": "rows of the weight gradients",
+    "int8": "8-bit products",
 }
 _MARKERS = "osD^vP"
 _LEFT_EDGE = 1e-4  # of extra variance: smaller ones are drawn there

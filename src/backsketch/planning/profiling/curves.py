@@ -75,7 +75,11 @@ def _row_scores(model: torch.nn.Module, site: Site, calls: Calls) -> dict[str, l
 def ratio(
     found: Sequence[Curves], site: tuple[str, str], mask: float, keep: float, reference: float
 ) -> float:
-    """The error at a keep below a mask over that at a reference keep without one, over all passes."""
-    top = math.fsum(c[site[0], site[1], mask].errors[LADDER.index(keep)] for c in found)
-    base = math.fsum(c[site[0], site[1], 1.0].errors[LADDER.index(reference)] for c in found)
+    """The error at a keep below a mask over that at a reference keep without one, over the passes with it."""
+    name, family = site
+    pairs = [
+        (c[name, family, mask], c[name, family, 1.0]) for c in found if (name, family, mask) in c
+    ]
+    top = math.fsum(masked.errors[LADDER.index(keep)] for masked, _ in pairs)
+    base = math.fsum(plain.errors[LADDER.index(reference)] for _, plain in pairs)
     return top / base if base > 0 else 0.0

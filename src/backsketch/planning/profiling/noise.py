@@ -19,7 +19,7 @@ from backsketch import sampling
 from backsketch.planning.measure.errors import squared_norm
 from backsketch.planning.measure.passes import Passes
 from backsketch.planning.measure.recorder import Call, Calls
-from backsketch.planning.measure.rows import relative_errors
+from backsketch.planning.measure.rows import relative_errors, row_curve
 from backsketch.planning.profiling.families import REFERENCE
 from backsketch.planning.profiling.sites import Site
 from backsketch.regions.mask import masked_rows
@@ -28,87 +28,64 @@ from backsketch.regions.rows import scores
 __all__ = ["MASK_REFERENCE", "Noise", "mask_noise", "region_noise"]
 
 MASK_REFERENCE = 0.7
-_MASK_DRAWS = 2
 
 
 @dataclass(frozen=True)
 class Noise:
     """Of a region at the reference keep.
 
-    ``isolated`` and ``joint`` are ``E‖error‖²`` of the gradient, the latter with regions at all sites above;
-    ``arriving`` is the energy of the joint noise at the cotangents of the sites below.
+    ``error`` is ``E‖ĝ − g‖²`` of the gradient where nothing above is sketched; regions at all sites above increase
+    it by the relative ``growth``. ``arriving`` is the energy of its noise at the cotangents of sites below.
     """
 
-    isolated: float
-    joint: float
+    error: float
+    growth: float
     arriving: dict[str, float]
 
 
 def region_noise(run: Passes, calls: Calls, sites: Sequence[Site], number: int) -> dict[str, Noise]:
-    """Of a region at each site in turn, one draw.
-
-    For the joint error, noise is put on the cotangent that the noise of the sites above has reached.
-    """
+    """Of a region at each site in turn, one draw."""
     regions = [s for s in sites if s.row_dims is not None and calls[s.name][0].cotangents]
-    noise = {s.name: [torch.zeros_like(g) for g in _cotangents(calls, s)] for s in regions}
+    order = sorted(regions, key=lambda s: calls[s.name][-1].turn, reverse=True)
+    cotangents = {s.name: [g for call in calls[s.name] for g in call.cotangents] for s in regions}
+    noisy = {name: list(exact) for name, exact in cotangents.items()}
     found = {}
-    for site in sorted(regions, key=lambda s: calls[s.name][-1].turn, reverse=True):
-        index = regions.index(site)
-        exact = _cotangents(calls, site)
-        noisy = [g + e for g, e in zip(exact, noise[site.name])]
-        below = [other for other in regions if other is not site]
-        edges = [e for other in below for call in calls[other.name] for e in call.edges]
-        joint, *reached = _put(run, calls, site, noisy, (number, index), edges)
-        arriving = {}
-        rest = iter(reached)
-        for other in below:
-            parts = [next(rest) for _ in noise[other.name]]
-            noise[other.name] = [
-                a if b is None else a + b for a, b in zip(noise[other.name], parts)
-            ]
+    for i, site in enumerate(order):
+        run.keys.restart(number, 0)
+        run.keys.at(regions.index(site))
+        errors = _errors(calls[site.name], site.row_dims)
+        edges = [edge for call in calls[site.name] for edge in call.edges]
+        below = [edge for other in order[i + 1 :] for c in calls[other.name] for edge in c.edges]
+        grads = _down(run, edges, errors, below)
+        count = len(run.parameters)
+        rest, arriving = iter(grads[count:]), {}
+        for other in order[i + 1 :]:
+            parts = [next(rest) for _ in noisy[other.name]]
             arriving[other.name] = squared_norm(parts)
-        (isolated,) = _put(run, calls, site, exact, (number, index), [])
-        found[site.name] = Noise(isolated, joint, arriving)
+            noisy[other.name] = [
+                a if b is None else a + b for a, b in zip(noisy[other.name], parts)
+            ]
+        growth = _error(noisy[site.name], site) / max(_error(cotangents[site.name], site), 1e-300)
+        found[site.name] = Noise(squared_norm(grads[:count]), max(growth - 1, 0.0), arriving)
     return found
 
 
-def _cotangents(calls: Calls, site: Site) -> list[Tensor]:
-    return [g for call in calls[site.name] for g in call.cotangents]
-
-
-def _put(
-    run: Passes,
-    calls: Calls,
-    site: Site,
-    cotangents: list[Tensor],
-    name: tuple[int, int],
-    below: list[GradientEdge],
-) -> list[Any]:
-    """``‖error‖²`` of the gradient from the error of a draw on these cotangents, and what arrives below."""
-    number, index = name
-    run.keys.restart(number, 0)
-    run.keys.at(index)
+def _error(cotangents: Sequence[Tensor], site: Site) -> float:
+    """Of a draw of their rows, in closed form."""
     assert site.row_dims is not None
-    rest = iter(cotangents)
-    errors = []
-    for call in calls[site.name]:
-        errors += _region_error([next(rest) for _ in call.cotangents], site.row_dims)
-    edges = [edge for call in calls[site.name] for edge in call.edges]
-    grads = _down(run, edges, errors, below)
-    count = len(run.parameters)
-    return [squared_norm(grads[:count]), *grads[count:]]
+    return sum(row_curve(scores([g], site.row_dims), (REFERENCE,)).errors[0] for g in cotangents)
+
+
+def _errors(calls: Sequence[Call], row_dims: int | None) -> list[Tensor]:
+    assert row_dims is not None
+    return [e for call in calls for e in _region_error(call.cotangents, row_dims)]
 
 
 def mask_noise(run: Passes, call: Call, number: int) -> float:
-    """Of a mask on the model's output at its reference keep, the mean of a few draws."""
+    """Of a mask on the model's output at its reference keep, one draw."""
     (g,), (edge,) = call.cotangents, call.edges
-    total = 0.0
-    for draw in range(_MASK_DRAWS):
-        run.keys.restart(number, draw)
-        error = masked_rows(g, MASK_REFERENCE, 1) - g
-        grads = _down(run, [edge], [error], [])
-        total += squared_norm(grads)
-    return total / _MASK_DRAWS
+    run.keys.restart(number, 0)
+    return squared_norm(_down(run, [edge], [masked_rows(g, MASK_REFERENCE, 1) - g], []))
 
 
 def _region_error(cotangents: Sequence[Tensor], row_dims: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["MaskOption", "Option", "ProfileData", "SiteProfile"]
+__all__ = ["MaskOption", "Option", "ProfileData", "SiteProfile", "Trial"]
 
 P = TypeVar("P", bound="ProfileData")
 
@@ -38,7 +38,7 @@ class Option:
     @property
     def is_region(self) -> bool:
         """Whether its noise travels on to the sites below."""
-        return self.family in ("save", "recompute")
+        return self.family.removeprefix("int8 ") in ("save", "recompute")
 
     def seconds(self, live: float = 1.0) -> float:
         """Change of a step's time below a mask that keeps a fraction ``live`` of the rows."""
@@ -80,6 +80,16 @@ class MaskOption:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What a whole plan was measured to take of an exact step, with the standard error, and to add in variance."""
+
+    rules: Mapping[str, str]
+    time_ratio: float
+    time_error: float
+    extra_variance: float
+
+
+@dataclass(frozen=True)
 class ProfileData:
     """Time, bytes and extra variance per site, and SGD's own noise.
 
@@ -93,6 +103,7 @@ class ProfileData:
         device: where it was measured.
         torch: the version of PyTorch.
         forward_seconds: of the exact step, which no sketch saves; None where it was not measured.
+        trials: plans that were measured as a whole.
     """
 
     sites: tuple[SiteProfile, ...]
@@ -104,6 +115,7 @@ class ProfileData:
     device: str
     torch: str
     forward_seconds: float | None = None
+    trials: tuple[Trial, ...] = ()
 
     @property
     def least_ratio(self) -> float:
@@ -133,7 +145,8 @@ class ProfileData:
             for site in plain["sites"]
         )
         masks = tuple(MaskOption(**mask) for mask in plain["masks"])
-        return cls(**{**plain, "sites": sites, "masks": masks})
+        trials = tuple(Trial(**trial) for trial in plain.get("trials", ()))
+        return cls(**{**plain, "sites": sites, "masks": masks, "trials": trials})
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from backsketch.convert import restore_, sketch_
-from backsketch.estimators import Rows, Split
-from backsketch.nn.registry import adapter_of, is_small, refusal
+from backsketch.estimators import Int8, Rows, Split
+from backsketch.nn.registry import adapter_of, advice, is_small, refusal
 from backsketch.planning.measure.passes import LossFn, checked
 from backsketch.planning.measure.recorder import Call, Calls, rerun, tensors_of, watching
 from backsketch.regions import Region, state_of
@@ -25,6 +25,7 @@ from backsketch.untouched import repeatable
 
 __all__ = ["Site", "find_sites", "is_inside"]
 
+_INT8 = Int8()
 _WEIGHTS = Split(grad_weight=Rows(keep=0.5))
 
 
@@ -32,7 +33,8 @@ _WEIGHTS = Split(grad_weight=Rows(keep=0.5))
 class Site:
     """A module for which one sketch is chosen.
 
-    ``row_dims`` is None where it cannot be a region; ``like`` is the first site of its class and sizes.
+    ``row_dims`` is None where it cannot be a region; ``like`` is the first site of its class and sizes;
+    ``layers_in_8_bits`` are those of its layers where 8-bit products may be faster.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Site:
     row_dims: int | None
     layers: tuple[str, ...]
     like: str
+    layers_in_8_bits: tuple[str, ...] = ()
 
 
 def find_sites(model: nn.Module, batch: Any, loss_fn: LossFn[Any]) -> list[Site]:
@@ -55,9 +58,8 @@ def find_sites(model: nn.Module, batch: Any, loss_fn: LossFn[Any]) -> list[Site]
             loss = checked(loss_fn(model, batch), 0)
         branches = _branches(model, calls, loss)
         if not branches and calls[""] and _row_dims(model, "", calls[""][0]):
-            return [
-                Site("", "model", 1, _layers(model, ""), "")
-            ]  # a plain chain is best sketched as one
+            layers = _layers(model, "")  # a plain chain is best sketched as one
+            return [Site("", "model", 1, layers, "", _in_8_bits(model, layers))]
         inside = {n for b in branches for n, _ in model.named_modules() if is_inside(n, b)}
         single = [
             name
@@ -80,7 +82,8 @@ def _described(model: nn.Module, names: list[str], single: list[str], calls: Cal
         if like == name:
             dims[name] = None if layer else _row_dims(model, name, calls[name][0])
         layers = (name,) if layer else _layers(model, name)
-        sites.append(Site(name, "layer" if layer else "branch", dims[like], layers, like))
+        kind = "layer" if layer else "branch"
+        sites.append(Site(name, kind, dims[like], layers, like, _in_8_bits(model, layers)))
     return [s for s in sites if s.layers or s.row_dims]
 
 
@@ -99,6 +102,11 @@ def is_inside(name: str, top: str) -> bool:
 
 def _layers(model: nn.Module, top: str) -> tuple[str, ...]:
     return tuple(n for n, m in model.named_modules() if is_inside(n, top) and _is_worth_it(m))
+
+
+def _in_8_bits(model: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
+    found = {name: model.get_submodule(name) for name in layers}
+    return tuple(n for n, m in found.items() if not (refusal(m, _INT8) or advice(m, _INT8)))
 
 
 def _is_worth_it(module: nn.Module) -> bool:

@@ -1,102 +1,137 @@
-"""Seconds and saved bytes of each kind of site by itself, on this device."""
+"""Seconds, saved bytes and rounding errors of each kind of site by itself, on this device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from backsketch.convert import restore_, sketch_
+from backsketch.convert import sketch_
+from backsketch.estimators import Sketch
 from backsketch.memory import kept_by
-from backsketch.nn.swap import exact
+from backsketch.planning.measure.errors import squared_distance, squared_norm
 from backsketch.planning.measure.recorder import Call, rerun
-from backsketch.planning.measure.timing import Timing, compared, timed
+from backsketch.planning.measure.timing import compared, timed
 from backsketch.planning.profiling.families import FAMILIES
 from backsketch.planning.profiling.sites import Site
 from backsketch.untouched import repeatable
 
-__all__ = ["Cost", "Costs", "site_costs"]
+__all__ = ["Cost", "SiteCosts", "site_costs"]
+
+_ROUNDS, _KNOWN = (3, 4), 0.05
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a sketch adds to a step at one site: ``fixed + slope * keep`` seconds, and saved bytes.
 
-    ``error`` is the standard error of the seconds.
+    ``error`` is the standard error of the seconds. ``own`` is ``‖ĝ − g‖²`` of one draw over ``‖g‖²`` in the
+    gradients of the site's parameters, ``below`` that of its input's gradient over all that goes on from there.
     """
 
     fixed: float
     slope: float
     error: float
     saved_bytes: int
+    own: float
+    below: float
+
+    def seconds(self, keep: float) -> float:
+        """At a keep."""
+        return self.fixed + self.slope * keep
 
 
-@dataclass
-class Costs:
-    """By site and family, and the seconds of each site's exact backward pass."""
+@dataclass(frozen=True)
+class SiteCosts:
+    """By family, and the seconds of the site's exact backward pass."""
 
-    sketched: dict[tuple[str, str], Cost] = field(default_factory=dict)
-    backward: dict[str, float] = field(default_factory=dict)
+    families: Mapping[str, Cost]
+    backward: float
 
 
 def site_costs(
-    model: nn.Module, sites: Sequence[Site], calls: Mapping[str, Call], tick: Callable[[str], None]
-) -> Costs:
+    model: nn.Module, sites: Sequence[Site], calls: Mapping[str, Call]
+) -> dict[str, SiteCosts]:
     """Time every family where it fits, one site of each kind standing for those like it."""
-    first = [site for site in sites if site.like == site.name and site.name in calls]
-    size = {s.name: _bytes(model, s, calls[s.name]) for s in first}
-    of_kind = Costs()
-    for family in FAMILIES:
-        fitting = [s for s in first if family.fits(s)]
-        if not fitting:
-            continue
-        tick(f"time of {family.name}")
-        points: dict[str, list[tuple[float, Timing]]] = {s.name: [] for s in fitting}
-        saved: dict[str, int] = {}
-        for keep in family.times:
-            sketch_(model, {k: v for s in fitting for k, v in family.rules(s, keep).items()})
-            for site in fitting:
-                call = calls[site.name]
-                difference, of_kind.backward[site.name] = _timed(model, site, call)
-                points[site.name].append((keep, difference))
-                saved[site.name] = _bytes(model, site, call) - size[site.name]
-            restore_(model)
-        for name, measured in points.items():
-            of_kind.sketched[name, family.name] = _affine(measured, saved[name])
-    return Costs(
-        {
-            (site.name, family.name): of_kind.sketched[site.like, family.name]
-            for site in sites
-            for family in FAMILIES
-            if (site.like, family.name) in of_kind.sketched
-        },
-        {site.name: of_kind.backward.get(site.like, 0.0) for site in sites},
-    )
+    of_kind = {
+        site.name: _of_kind(model.get_submodule(site.name), site, calls[site.name])
+        for site in sites
+        if site.like == site.name and site.name in calls
+    }
+    return {site.name: of_kind[site.like] for site in sites if site.like in of_kind}
 
 
-def _timed(model: nn.Module, site: Site, call: Call) -> tuple[Timing, float]:
-    """Sketched minus exact, and the exact backward pass by itself."""
-    module = model.get_submodule(site.name)
+def _of_kind(module: nn.Module, site: Site, call: Call) -> SiteCosts:
+    """Combined sketches are timed where each of their parts is faster than exact."""
+    found: dict[str, Cost] = {}
     with repeatable(module, 0):
-        difference, both = compared(lambda: rerun(module, call), lambda: exact(module))
-        with exact(module):
-            forward = min(timed(lambda: module(*call.args, **call.kwargs))[0] for _ in range(3))
-    return difference, max(both.seconds - forward, 0.0)
+        exact = _Twin(module, call)
+        size = exact.bytes()
+        forward = min(timed(exact.forward)[0] for _ in range(2))
+        backward = 0.0
+        for combined in (False, True):
+            fitting = [f for f in FAMILIES if bool(f.parts) == combined and f.fits(site)]
+            fitting = [f for f in fitting if all(found[p].seconds(f.timed_at) < 0 for p in f.parts)]
+            twins = [_Twin(module, call, f.rules(site, f.timed_at), site.name) for f in fitting]
+            if not twins:
+                continue
+            times, base = compared(exact.run, [t.run for t in twins], rounds=_ROUNDS, known=_KNOWN)
+            backward = backward or max(base.seconds - forward, 0.0)
+            for f, twin, time in zip(fitting, twins, times):
+                more = f.growth or (0.0, 0.0)
+                slope = more[0] * forward + more[1] * backward
+                errors = twin.errors(exact, site.kind == "branch")
+                fixed = time.seconds - slope * f.timed_at
+                found[f.name] = Cost(fixed, slope, time.error, twin.bytes() - size, *errors)
+    return SiteCosts(found, backward)
 
 
-def _bytes(model: nn.Module, site: Site, call: Call) -> int:
-    module = model.get_submodule(site.name)
-    with repeatable(module, 0), torch.enable_grad():
-        return kept_by(module, partial(module, *call.args, **call.kwargs)).total
+class _Twin:
+    """A copy of a module on the same parameters, under a sketch of its own."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Call,
+        rules: Mapping[str, Sketch] | None = None,
+        top: str = "",
+    ) -> None:
+        self.module, self.call = _copied(module, {}), call
+        self.gradients: list[Tensor] = []
+        if rules:
+            sketch_(
+                self.module, {n.removeprefix(top).removeprefix("."): s for n, s in rules.items()}
+            )
+
+    def forward(self) -> object:
+        return self.module(*self.call.args, **self.call.kwargs)
+
+    def run(self) -> None:
+        self.gradients = rerun(self.module, self.call)
+
+    def bytes(self) -> int:
+        """Kept for the backward pass."""
+        with torch.enable_grad():
+            return kept_by(self.module, self.forward).total
+
+    def errors(self, exact: _Twin, is_branch: bool) -> tuple[float, float]:
+        """``own`` and ``below`` of :class:`Cost`. Below a branch goes the cotangent of its output as well."""
+        n = sum(t.requires_grad for t in self.call.tensors)
+        past = squared_norm(self.call.cotangents) if is_branch else 0.0
+        below = squared_distance(self.gradients[:n], exact.gradients[:n])
+        own = squared_distance(self.gradients[n:], exact.gradients[n:])
+        return (
+            own / max(squared_norm(exact.gradients[n:]), 1e-300),
+            below / max(squared_norm(exact.gradients[:n]) + past, 1e-300),
+        )
 
 
-def _affine(points: Sequence[tuple[float, Timing]], saved: int) -> Cost:
-    """Constant and slope of time in keep; a constant alone from one point."""
-    (a, first), (b, last) = points[0], points[-1]
-    error = max(first.error, last.error)
-    slope = max((first.seconds - last.seconds) / (a - b), 0.0) if a != b else 0.0
-    fixed = (first.seconds + last.seconds) / 2 - slope * (a + b) / 2
-    return Cost(fixed, slope, error, saved)
+def _copied(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in known:
+        twin = known[module] = copy.copy(module)
+        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+        twin._modules = {n: m and _copied(m, known) for n, m in module._modules.items()}
+    return known[module]
