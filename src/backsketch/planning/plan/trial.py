@@ -64,7 +64,7 @@ def _trial(
         with passes(model, loss_fn) as run:
             everything = [site.index for site in run.sites]
             if any(has_region(site) for site in run.sites):
-                run.gradient(data[0], 0, everything)  # regions prove themselves
+                run.gradient(data[0], 0, everything)  # regions check their rows
             noise = ExtraVariance()
             for number, gradient in enumerate(exact):
                 noise.add(gradient, [run.gradient(data[number], number, everything)])
