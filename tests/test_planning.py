@@ -24,7 +24,7 @@ from backsketch.planning.measure.rows import row_curve
 from backsketch.planning.plan import trial
 from backsketch.planning.plan.frontier import frontier
 from backsketch.planning.plan.knapsack import choose
-from backsketch.planning.profiling import observe, profiler, times
+from backsketch.planning.profiling import observe, profiler, sites, times
 from backsketch.planning.profiling.noise import region_noise
 from backsketch.planning.profiling.progress import stages
 from backsketch.planning.profiling.records import MaskOption, Option, SiteProfile, Trial
@@ -72,6 +72,19 @@ def test_residual_branches_are_found_with_their_rows(vit):
     assert branches == {
         "blocks.0.attn": 1, "blocks.0.mlp": 2, "blocks.1.attn": 1, "blocks.1.mlp": 2
     }  # fmt: skip
+
+
+def test_nothing_is_captured_over_tokens_where_they_attend_to_each_other(vit, monkeypatch):
+    """Behind a norm, too, which hides a change that all entries of a row have in common."""
+    tried = []
+
+    def noted(model, rules):
+        tried.extend((name, region.row_dims) for name, region in rules.items())
+        return bs.sketch_(model, rules)
+
+    monkeypatch.setattr(sites, "sketch_", noted)
+    find_sites(vit, batches((3, 16, 16))[0], loss_fn)
+    assert tried == [("blocks.0.attn", 1), ("blocks.0.mlp", 2)]
 
 
 def test_branches_with_batch_statistics_are_no_regions():
@@ -194,6 +207,26 @@ def test_a_profile_runs_the_model_no_more_than_it_must(vit, monkeypatch):
     with vit.register_forward_pre_hook(lambda *_: passes.append(1)):
         bs.profile(vit, batches((3, 16, 16), 6), loss_fn, progress=False)
     assert len(passes) == 10
+
+
+def test_a_profile_takes_no_more_than_25_steps():
+    """Counted by the arithmetic of all linear layers, the timings of sites and the trial of a plan included."""
+    torch.manual_seed(0)
+    model = build("vit", (3, 32, 32), 10, dim=96, patch=8)
+    done = []
+
+    def count(layer, _, output):
+        done.append(layer.weight.numel() * output.numel() // output.shape[-1])
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(count)
+    data = batches((3, 32, 32), 4, 16)
+    loss_fn(model, data[0])
+    step = sum(done)
+    done.clear()
+    bs.profile(model, data, loss_fn, progress=False)
+    assert sum(done) <= 25 * step
 
 
 def test_every_stage_moves_the_bar(vit, monkeypatch):
