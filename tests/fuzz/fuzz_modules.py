@@ -1,7 +1,7 @@
 """Random modules: a small language of layers, and what builds them.
 
-A :class:`Node` is plain data, so that hypothesis can shrink it and a failing case can be pasted. Vectors and
-tokens have ``WIDTH`` features in their last dimension, images have ``WIDTH`` channels; every node keeps the shape.
+A :class:`Node` is plain data, so that a failing case can be made smaller and pasted. Vectors and tokens have
+``WIDTH`` features in their last dimension, images have ``WIDTH`` channels; every node keeps the shape.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ class Node:
     kind: str
     children: tuple[Node, ...] = ()
 
-    def __str__(self) -> str:
-        inside = ", ".join(map(str, self.children))
-        return f"{self.kind}({inside})" if inside else self.kind
+    def __repr__(self) -> str:
+        return f"Node({self.kind!r}, {self.children})" if self.children else f"Node({self.kind!r})"
+
+    def kinds(self) -> set[str]:
+        """Its own kind and those of all nodes inside."""
+        return {self.kind}.union(*(child.kinds() for child in self.children))
 
 
 class Around(nn.Module):
@@ -177,6 +180,17 @@ class Indexed(nn.Module):
         return self.fc(x) * self.table[torch.arange(x.shape[-2], device=x.device) % 3]
 
 
+class OverTokens(nn.Module):
+    """A convolution along the tokens, on a transposed view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
 def _mlp(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 12), activation, nn.Linear(12, WIDTH))
 
@@ -193,7 +207,13 @@ def _conv(kernel: int, **options: Any) -> Callable[[], nn.Module]:
     return lambda: nn.Conv2d(WIDTH, WIDTH, kernel, padding="same", **options)
 
 
-ANYWHERE: dict[str, Callable[[], nn.Module]] = {
+def _strided_and_back() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(WIDTH, 4, 3, stride=2), nn.SiLU(), nn.ConvTranspose2d(4, WIDTH, 3, stride=2)
+    )
+
+
+WITHOUT_WEIGHTS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": lambda: nn.LeakyReLU(0.1),
     "hardtanh": nn.Hardtanh,
@@ -218,19 +238,18 @@ ON_FEATURES: dict[str, Callable[[], nn.Module]] = {
     "indexed": Indexed,
 }
 LEAVES: dict[str, dict[str, Callable[[], nn.Module]]] = {
-    "vectors": {**ON_FEATURES, **ANYWHERE, "batch_norm": lambda: nn.BatchNorm1d(WIDTH)},
+    "vectors": {**ON_FEATURES, "batch_norm": lambda: nn.BatchNorm1d(WIDTH)},
     "tokens": {
         **ON_FEATURES,
-        **ANYWHERE,
         "attention": Attention,
         "module_attention": ModuleAttention,
         "multi_head": MultiHead,
         "multi_head_with_weights": MultiHeadWithWeights,
+        "conv_over_tokens": OverTokens,
     },
     "images": {
-        **ANYWHERE,
         "conv": _conv(3),
-        "conv_without_bias": _conv(2, bias=False),
+        "conv_without_bias": _conv(3, bias=False),
         "conv_relu_": lambda: _then_in_place(_conv(3)(), nn.ReLU),
         "grouped_hardtanh_": lambda: _then_in_place(_conv(3, groups=2)(), nn.Hardtanh),
         "pointwise": _conv(1),
@@ -240,8 +259,8 @@ LEAVES: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "reflecting": _conv(3, padding_mode="reflect"),
         "batch_norm": lambda: nn.BatchNorm2d(WIDTH),
         "group_norm": lambda: nn.GroupNorm(2, WIDTH),
-        "max_pool": lambda: nn.MaxPool2d(3, 1, 1),
-        "average_pool": lambda: nn.AvgPool2d(3, 1, 1),
+        "strided_and_back": _strided_and_back,
+        "pooled": lambda: nn.Sequential(nn.MaxPool2d(3, 1, 1), _conv(1)(), nn.AvgPool2d(3, 1, 1)),
     },
 }
 STRUCTURES: dict[str, tuple[int, Callable[..., nn.Module]]] = {
@@ -263,7 +282,7 @@ def build(node: Node, domain: str) -> nn.Module:
     if node.kind in STRUCTURES:
         _, make = STRUCTURES[node.kind]
         return make(*(build(child, domain) for child in node.children))
-    return LEAVES[domain][node.kind]()
+    return {**LEAVES[domain], **WITHOUT_WEIGHTS}[node.kind]()
 
 
 class Model(nn.Module):

@@ -1,20 +1,19 @@
-"""Fuzz at length, or show that deliberate errors are found.
+"""Fuzz at length, rerun one case, or show that deliberate errors are found.
 
-    PYTHONPATH=tests python tests/fuzz/fuzz_run.py --cases 1000 --out results/fuzz/result.json
-    PYTHONPATH=tests python tests/fuzz/fuzz_run.py --mutations --out results/fuzz/mutations.json
-
-A failing case is shrunk and printed; pasted into ``fuzz_check.check`` it fails again.
+PYTHONPATH=tests python tests/fuzz/fuzz_run.py --cases 1000 --out results/fuzz/cases.json
+PYTHONPATH=tests python tests/fuzz/fuzz_run.py --case 17
+PYTHONPATH=tests python tests/fuzz/fuzz_run.py --mutations --out results/fuzz/mutations.json
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import json
-import re
 import sys
 import time
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,59 @@ from typing import Any
 import fuzz_check
 import pytest
 import torch
-from fuzz_cases import Case, cases
-from hypothesis import HealthCheck, Phase, given, note, reject, seed, settings
+from fuzz_cases import Case, case_of, smaller
 
 from backsketch.sampling import operators
 from backsketch.sampling.stream import mix
-from mutations import drop_the_weights, shift_the_indices
+from mutations import Mutation, drop_the_weights, shift_the_indices
+
+MAX_SHRINKS = 60
+
+# Failures -------------------------------------------------------------------------------------------
+
+
+def outcome_of(case: Case, draws: tuple[int, ...] = fuzz_check.DRAWS) -> str:
+    """How a case ends: what :func:`fuzz_check.check` returns, ``rejected``, or the kind of failure."""
+    try:
+        return fuzz_check.check(case, draws)
+    except fuzz_check.Rejected:
+        return "rejected"
+    except fuzz_check.Failure as failure:
+        return str(failure).split(":")[0]
+    except Exception as error:
+        return type(error).__name__
+
+
+def shrink(case: Case) -> Case:
+    """The smallest case found that ends as ``case`` does, leaving out one thing after the other."""
+
+    def kind(case: Case) -> str:
+        return outcome_of(case, fuzz_check.QUICK).split(" ")[0]
+
+    wanted = kind(case)
+    candidates, tries = smaller(case), 0
+    while (candidate := next(candidates, None)) and tries < MAX_SHRINKS:
+        tries += 1
+        if kind(candidate) == wanted:
+            case, candidates = candidate, smaller(candidate)
+    return case
+
+
+def explain(seed: int, draws: tuple[int, ...] = fuzz_check.DRAWS) -> str:
+    """What failed in the case of a seed, how to run it again, and a small case that fails alike."""
+    try:
+        fuzz_check.check(case_of(seed), draws)
+        reason = "it passed when it was run again"
+    except Exception as error:
+        reason = "".join(traceback.format_exception_only(error)).strip()
+        reason += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
+    return (
+        f"case {seed} fails: {reason}"
+        f"run it again:  PYTHONPATH=tests python tests/fuzz/fuzz_run.py --case {seed}\n"
+        f"it is          {case_of(seed)!r}\n"
+        f"made smaller   {shrink(case_of(seed))!r}"
+    )
+
 
 # Mutations ------------------------------------------------------------------------------------------
 
@@ -46,105 +92,90 @@ def share_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "fresh", lambda: mix(passes))
 
 
-MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+MUTATIONS: dict[str, Mutation] = {
     "a forgotten weight": drop_the_weights,
     "a shared seed": share_the_seed,
     "a wrong row": shift_the_indices,
 }
 
 
-# Runs -----------------------------------------------------------------------------------------------
-
-
-def fuzz(number: int, start: int, phases: list[Phase], after: Callable[[Case, str], None]) -> None:
-    """Check ``number`` random cases; ``after`` is told of each. The first failure is shrunk and raised."""
-
-    @seed(start)
-    @settings(
-        max_examples=number,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=phases,
-    )
-    @given(cases())
-    def run(case: Case) -> None:
-        note(f"fails: {case!r}")
-        try:
-            outcome = fuzz_check.check(case)
-        except fuzz_check.Rejected:
-            after(case, "rejected")
-            reject()
-        after(case, outcome)
-
-    run()
-
-
-def run_cases(number: int, start: int) -> dict[str, Any]:
-    """Counts of what was checked; raises at a failure."""
-    outcomes: collections.Counter[str] = collections.Counter()
-    sketches: collections.Counter[str] = collections.Counter()
-    layers: collections.Counter[str] = collections.Counter()
-    began = time.perf_counter()
-
-    def after(case: Case, outcome: str) -> None:
-        outcomes[outcome] += 1
-        if outcome == "sketched":
-            sketches.update(text.split(":")[0] for _, text in case.rules)
-            layers.update(set(re.findall(r"\w+", ", ".join(map(str, case.nodes)))))
-        if sum(outcomes.values()) % 50 == 0:
-            print(f"{dict(outcomes)}, {time.perf_counter() - began:.0f} s", flush=True)
-
-    fuzz(number, start, [Phase.generate, Phase.shrink], after)
-    return {
-        "cases": outcomes["sketched"] + outcomes["refused"],
-        "failures": 0,
-        "outcomes": dict(outcomes),
-        "sketches": dict(sorted(sketches.items())),
-        "layers": dict(sorted(layers.items())),
-        "seconds": round(time.perf_counter() - began),
-    }
-
-
 def cases_until_found(mutation: str, start: int, limit: int = 100) -> int | None:
     """After how many cases a mutation is noticed; None if not within ``limit``."""
-    checked = 0
-
-    def after(case: Case, outcome: str) -> None:
-        nonlocal checked
-        checked += outcome != "rejected"
-
     with pytest.MonkeyPatch.context() as patch:
         MUTATIONS[mutation](patch)
-        try:
-            fuzz(limit, start, [Phase.generate], after)
-        except fuzz_check.Failure:
-            return checked + 1
+        for number in range(limit):
+            if outcome_of(case_of(start + number), fuzz_check.QUICK) not in (
+                "sketched",
+                "refused",
+                "rejected",
+            ):
+                return number + 1
     return None
 
 
+# Runs -----------------------------------------------------------------------------------------------
+
+
+def run_cases(seeds: range, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Check the cases of some seeds; what failed is explained at once."""
+    outcomes: Counter[str] = Counter()
+    sketches: Counter[str] = Counter()
+    layers: Counter[str] = Counter()
+    failures = []
+    began = time.process_time()
+    for number, seed in enumerate(seeds, start=1):
+        case = case_of(seed)
+        outcome = outcome_of(case)
+        if outcome not in ("sketched", "refused", "rejected"):
+            failures.append(seed)
+            outcome = "failed"
+            report(explain(seed))
+        outcomes[outcome] += 1
+        if outcome == "sketched":
+            sketches.update({text.split(":")[0] for _, text in case.rules})
+            layers.update(set().union(*(node.kinds() for node in case.nodes)))
+        if number % 50 == 0:
+            report(f"{number}: {dict(outcomes)}, {time.process_time() - began:.0f} s")
+    return {
+        "cases": len(seeds),
+        "failures": failures,
+        "outcomes": dict(sorted(outcomes.items())),
+        "sketched_with": dict(sorted(sketches.items())),
+        "layers_in_sketched_cases": dict(sorted(layers.items())),
+        "processor_seconds": round(time.process_time() - began),
+    }
+
+
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run what the command line asks for; the exit code is 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=1000, help="seed of the first case")
+    parser.add_argument("--case", type=int, help="the seed of one case to run")
     parser.add_argument("--mutations", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    if options.case is not None:
+        print(fuzz_check.check(case_of(options.case)))
+        return
     if options.mutations:
-        found = {name: cases_until_found(name, options.seed) for name in MUTATIONS}
+        found = {name: cases_until_found(name, options.first) for name in MUTATIONS}
         result: dict[str, Any] = {"cases_until_found": found}
+        failed = None in found.values()
     else:
-        result = run_cases(options.cases, options.seed)
+        seeds = range(options.first, options.first + options.cases)
+        result = run_cases(seeds, lambda text: print(text, flush=True))
+        failed = bool(result["failures"])
     result["command"] = "PYTHONPATH=tests python tests/fuzz/fuzz_run.py " + " ".join(sys.argv[1:])
-    result["seed"], result["torch"] = options.seed, torch.__version__
+    result["torch"] = torch.__version__
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text + "\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from fuzz_cases import Case, cases
-from fuzz_check import Failure, Rejected, check
+from fuzz_cases import Case, case_of, smaller
+from fuzz_check import QUICK, Failure, Rejected, check
 from fuzz_modules import Node
-from fuzz_run import MUTATIONS
-from hypothesis import HealthCheck, Phase, given, note, reject, settings
+from fuzz_run import MUTATIONS, cases_until_found, explain
 
-QUICK = settings(
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    phases=[Phase.generate, Phase.shrink],
-)
+from backsketch.estimators.base import registered
 
 
-@QUICK
-@given(cases())
-def test_a_random_model_keeps_its_values_and_has_unbiased_gradients(case):
-    note(f"fails: {case!r}")
+@pytest.mark.parametrize("seed", range(60))
+def test_a_random_model_keeps_its_values_and_has_unbiased_gradients(seed):
     try:
-        check(case)
-    except Rejected:
-        reject()
+        check(case_of(seed))
+    except Rejected as reason:
+        pytest.skip(f"PyTorch refuses the model: {reason}")
+    except Exception:
+        pytest.fail(explain(seed), pytrace=False)
+
+
+def test_every_sketch_is_in_a_thousand_cases():
+    texts = [text.split(":")[0] for seed in range(1000) for _, text in case_of(seed).rules]
+    rare = [name for name in registered() if name != "exact" and texts.count(name) < 40]
+    assert not rare
 
 
 CHAIN = Case("vectors", (Node("linear"), Node("tanh"), Node("linear")), (("*", "rows:keep=0.5"),))
@@ -35,8 +35,26 @@ CHAIN = Case("vectors", (Node("linear"), Node("tanh"), Node("linear")), (("*", "
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_chain_is_enough_to_notice_each_mutation(mutation, dtype, monkeypatch):
-    case = Case(CHAIN.domain, CHAIN.nodes, CHAIN.rules, dtype)
-    assert check(case) == "sketched"
+    case = dataclasses.replace(CHAIN, dtype=dtype)
+    assert check(case, QUICK) == "sketched"
     MUTATIONS[mutation](monkeypatch)
     with pytest.raises(Failure, match="biased"):
-        check(case)
+        check(case, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_each_mutation_is_found_within_a_hundred_random_cases(mutation):
+    assert cases_until_found(mutation, start=1000) is not None
+
+
+def test_a_failing_case_says_how_to_run_it_and_is_made_smaller(monkeypatch):
+    MUTATIONS["a forgotten weight"](monkeypatch)
+    seed = next(s for s in range(1000) if case_of(s).rules == (("*", "rows:keep=0.4"),))
+    text = explain(seed, QUICK)
+    assert "biased" in text
+    assert f"--case {seed}" in text
+    small = eval(text.split("made smaller")[1], {"Case": Case, "Node": Node})
+    assert len(list(smaller(small))) < len(list(smaller(case_of(seed))))
+    with pytest.raises(Failure, match="biased"):
+        check(small, QUICK)
