@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped, sketch_of
+from backsketch.sampling import ROW_DESIGNS
 from cases import ESTIMATORS, FAMILIES
 from helpers import Net, equal, gradients, images
 from mutations import drop_the_weights, mutation_of
@@ -658,7 +659,7 @@ def per_sample_gradients(model: nn.Module, x: Tensor, randomness: str) -> dict[s
     return torch.func.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)(parameters, x)
 
 
-def check_per_sample(estimator: bs.Estimator, draws: int = 225) -> None:
+def check_per_sample(estimator: bs.Estimator | bs.Mask, draws: int = 225) -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(3, 6, 4)
     exact = per_sample_gradients(model, x, "error")["0.weight"]
     bs.sketch_(model, {"0": estimator})
@@ -675,6 +676,17 @@ def test_per_sample_gradients_are_unbiased_for_each_sample(estimator):
     check_per_sample(estimator)
 
 
+@pytest.mark.parametrize("design", ROW_DESIGNS)
+def test_masks_are_unbiased_for_each_sample(design):
+    check_per_sample(bs.Mask(keep=0.5, design=design))
+
+
+def test_a_mask_without_its_weights_is_noticed_in_per_sample_gradients(monkeypatch):
+    drop_the_weights(monkeypatch)
+    with pytest.raises(AssertionError, match="is biased"):
+        check_per_sample(bs.Mask(keep=0.5))
+
+
 @pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
 @pytest.mark.parametrize("estimator", FAMILIES, ids=str)
 def test_a_mutation_is_noticed_in_per_sample_gradients(estimator, monkeypatch):
@@ -683,9 +695,10 @@ def test_a_mutation_is_noticed_in_per_sample_gradients(estimator, monkeypatch):
         check_per_sample(estimator)
 
 
-def test_per_sample_gradients_need_vmap_to_allow_randomness():
+@pytest.mark.parametrize("rules", [ROWS, bs.Mask(keep=0.5)], ids=str)
+def test_per_sample_gradients_need_vmap_to_allow_randomness(rules):
     model = nn.Sequential(nn.Linear(4, 5))
-    bs.sketch_(model, ROWS)
+    bs.sketch_(model, rules)
     with pytest.raises(RuntimeError, match="randomness"):
         per_sample_gradients(model, torch.randn(3, 6, 4), "error")
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch import sampling
 from backsketch.nn.swap import unswap_
-from backsketch.regions import Mask, Region, ignore_scores, record_scores, state_of
+from backsketch.regions import Mask, Region, ignore_scores, record_scores, rows, state_of
 from backsketch.regions.context import Call, current, inside, run_as
 from backsketch.regions.state import runtime_of
 from helpers import named_gradients
@@ -36,8 +37,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, sampling.Sample
     seen: list[tuple[Tensor, sampling.Sample]] = []
     original = sampling.draw_live
 
-    def draw(scores: Tensor, keep: float, live: int | None) -> sampling.Sample | None:
-        sample = original(scores, keep, live)
+    def draw(scores: Tensor, *rest: Any) -> sampling.Sample | None:
+        sample = original(scores, *rest)
         if sample is not None:
             seen.append((scores, sample))
         return sample
@@ -61,9 +62,20 @@ def test_other_fields_are_checked() -> None:
         Region(0.5, row_dims=3)
     with pytest.raises(ValueError, match="mode"):
         Region(0.5, mode="save it")  # type: ignore[arg-type]
+    for kind in (Region, Mask):
+        with pytest.raises(ValueError, match="did you mean 'permuted'"):
+            kind(0.5, design="permute")
 
 
-@pytest.mark.parametrize("sketch", [Region(0.5, 2, "recompute"), Region(0.25), Mask(0.5, 2)])
+@pytest.mark.parametrize(
+    "sketch",
+    [
+        Region(0.5, 2, "recompute"),
+        Region(0.25, design="permuted"),
+        Mask(0.5, 2),
+        Mask(0.5, design="systematic"),
+    ],
+)
 def test_text_round_trip(sketch: bs.Estimator) -> None:
     assert bs.parse(str(sketch)) == sketch
 
@@ -250,6 +262,52 @@ def test_masked_rows() -> None:
     assert torch.allclose(ratio.amin(1), ratio.amax(1))
 
 
+def kept_by(sketch: Region | Mask, cotangent: Tensor) -> set[int]:
+    """Rows whose cotangent passes ``sketch`` in one backward pass."""
+    model, x = mlp(4, 4, cotangent.shape[-1]), torch.randn(*cotangent.shape[:-1], 4)
+    x.requires_grad_()
+    make_region(model, {"": sketch})
+    warm(model, x)
+    (g,) = torch.autograd.grad(model(x), x, cotangent)
+    return set(g.flatten(1).norm(dim=1).nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("kind", [Region, Mask])
+def test_rows_that_alternate_are_not_kept_in_step(kind: type) -> None:
+    alternating = {frozenset(range(0, 16, 2)), frozenset(range(1, 16, 2))}
+    cotangent = torch.ones(16, 3)
+    kept = {frozenset(kept_by(kind(0.5), cotangent)) for _ in range(12)}
+    assert all(len(rows) == 8 for rows in kept)
+    assert not kept & alternating
+    natural = kind(0.5, design="systematic")
+    assert frozenset(kept_by(natural, cotangent)) in alternating
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cotangents", [1, 2])
+def test_scores_are_norms_at_every_exponent(dtype: torch.dtype, cotangents: int) -> None:
+    g = [torch.randn(9, 4, 3).to(dtype) for _ in range(cotangents)]
+    wide = torch.stack([x.double() for x in g]).square().sum((0, 2, 3)).sqrt()
+    smallest = -300 if dtype == torch.float64 else -36
+    for exponent in (smallest, -30, -23, -20, -8, 0, 8, 19, 25, -smallest):
+        found = rows.scores([x * 10.0**exponent for x in g], 1).double()
+        rtol = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found / 10.0**exponent, wide, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [-30, 20])
+@pytest.mark.parametrize("kind", [Region, Mask])
+def test_draws_do_not_depend_on_the_exponent(kind: type, exponent: int) -> None:
+    cotangent = torch.randn(16, 3) * torch.arange(16.0)[:, None]
+    kept = []
+    for factor in (1.0, 10.0**exponent):
+        bs.seed(3)
+        torch.manual_seed(3)
+        kept.append(kept_by(kind(0.4), cotangent * factor))
+    assert kept[0] == kept[1]
+    assert 0 not in kept[0]  # a zero row is never drawn
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_all_zero_cotangent(mode: str) -> None:
     model, x = Block(8, 2), torch.randn(6, 3, 8)
@@ -301,7 +359,7 @@ def test_mask_double_backward_is_a_clear_error() -> None:
     model, x = mlp(4, 4, 4), torch.randn(6, 4, requires_grad=True)
     make_region(model, {"": Mask(0.5)})
     (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="double backward"):
         g.square().sum().backward()
 
 

@@ -104,8 +104,8 @@ def worker(rank: int, store: str, out: str) -> None:
     drawn = []
     original = sampling.draw_live
 
-    def draw(scores, keep, live):
-        sample = original(scores, keep, live)
+    def draw(*arguments):
+        sample = original(*arguments)
         drawn.append(sample.indices)
         return sample
 

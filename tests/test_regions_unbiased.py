@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,8 +141,8 @@ def test_bfloat16_autocast_is_unbiased(mode: str) -> None:
 DRAW = sampling.draw_live
 
 
-def drop_weights(scores: torch.Tensor, keep: float, live: int | None) -> sampling.Sample | None:
-    sample = DRAW(scores, keep, live)
+def drop_weights(*arguments: Any) -> sampling.Sample | None:
+    sample = DRAW(*arguments)
     return sample and sampling.Sample(sample.indices, torch.ones_like(sample.weights))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import backsketch as bs
 from backsketch import sampling
 from backsketch.sampling import (
-    DESIGNS,
+    ROW_DESIGNS,
     design,
     draw,
     inclusion_probabilities,
@@ -90,22 +90,24 @@ def test_num_kept_rounds_up_and_keeps_at_least_one(n, keep, k):
     assert num_kept(n, keep) == k
 
 
-def inclusion_frequencies(design, scores, k):
+def inclusion_frequencies(design, scores, k, block):
     count = torch.zeros(len(scores))
     weights = torch.zeros(len(scores))
     for _ in range(DRAWS):
-        sample = draw(scores, k, next_seed(scores), design=design)
+        sample = draw(scores, k, next_seed(scores), design=design, block=block)
         count[sample.indices] += (sample.weights > 0).float()
         weights[sample.indices] += sample.weights
     return count / DRAWS, weights / DRAWS
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_designs_have_exactly_these_inclusion_probabilities(design):
+@pytest.mark.parametrize(
+    ("design", "block"), [*((name, 1) for name in ROW_DESIGNS), ("shuffled", 2), ("shuffled", 5)]
+)
+def test_designs_have_exactly_these_inclusion_probabilities(design, block):
     bs.seed(1)
     scores = torch.tensor([0.1, 3.0, 0.5, 0.5, 20.0, 0.0, 1.0, 2.0, 0.7, 0.02])
     pi = inclusion_probabilities(scores, 4).float()
-    frequency, weight = inclusion_frequencies(design, scores, 4)
+    frequency, weight = inclusion_frequencies(design, scores, 4, block)
     error = (pi * (1 - pi) / DRAWS).sqrt()
     assert bool(((frequency - pi).abs() <= 4.5 * error + 1e-9).all())
     # Horvitz-Thompson: E[z / pi] = 1 for every row that can be drawn.
@@ -115,7 +117,7 @@ def test_designs_have_exactly_these_inclusion_probabilities(design):
     assert bool(((frequency - pi.roll(1)).abs() > 4.5 * error + 1e-9).any())
 
 
-@pytest.mark.parametrize("design", ["systematic", "permuted"])
+@pytest.mark.parametrize("design", ["systematic", "permuted", "shuffled"])
 def test_fixed_size_designs_draw_exactly_k_distinct_rows_in_order(design):
     bs.seed(2)
     for trial in range(300):
@@ -126,6 +128,29 @@ def test_fixed_size_designs_draw_exactly_k_distinct_rows_in_order(design):
         indices = draw(scores, k, next_seed(scores), design=design).indices
         assert len(indices) == k
         assert indices.tolist() == sorted(set(indices.tolist()))
+
+
+def kept_rows(design, n, block, trials=40):
+    """``(trials, n)``: which of ``n`` rows with equal scores each draw of half of them keeps."""
+    scores, kept = torch.ones(n), torch.zeros(trials, n)
+    for row in kept:
+        row[draw(scores, n // 2, next_seed(scores), design=design, block=block).indices] = 1
+    return kept
+
+
+def test_shuffled_samples_do_not_fall_in_step_with_rows_that_alternate():
+    rows = kept_rows("shuffled", 16, 1)
+    assert bool(((rows[:, ::2].sum(1) - 4).abs() <= 3).float().mean() > 0.9)
+    assert bool((rows[:, ::2].std(1) > 0).any())
+    # The mutation: the natural order keeps all even or all odd rows and nothing else.
+    natural = kept_rows("systematic", 16, 1)
+    assert set(natural[:, ::2].sum(1).tolist()) == {0.0, 8.0}
+
+
+def test_shuffled_samples_are_stratified_over_their_tokens():
+    rows = kept_rows("shuffled", 32, 8).view(-1, 4, 4, 2)
+    assert bool((rows.sum(-1) == 1).all())  # one of every two neighbours
+    assert not bool((kept_rows("permuted", 32, 8).view(-1, 4, 4, 2).sum(-1) == 1).all())
 
 
 def test_rows_with_zero_score_are_never_drawn_while_others_remain():
@@ -259,7 +284,7 @@ def test_the_global_random_stream_is_not_touched():
     scores = torch.rand(20)
     before = torch.get_rng_state()
     seed = next_seed(scores)
-    for name in DESIGNS:
+    for name in ROW_DESIGNS:
         draw(scores, 5, seed, design=name)
     sampling.uniform_like(scores, seed)
     sampling.signs(scores, 3, 4, seed)

@@ -92,14 +92,16 @@ def _rules(rng: random.Random, blocks: int) -> Rules:
 
 
 def _sketch(rng: random.Random, names: list[str], depth: int = 1) -> str:
-    """The text of a sketch of one of the names; drawn again where its class refuses the options."""
+    """The text of a sketch of one of the names, drawn again where it is exact or its class refuses the options."""
     name = rng.choice(names)
     cls = registered()[name]
     arguments = {f.name: _value(rng, name, f, depth) for f in dataclasses.fields(cls)}
     try:
-        return str(cls(**{n: v for n, v in arguments.items() if v is not dataclasses.MISSING}))
+        sketch = cls(**{n: v for n, v in arguments.items() if v is not dataclasses.MISSING})
     except ValueError:
         return _sketch(rng, names, depth)
+    is_exact = isinstance(sketch, bs.Estimator) and sketch.is_exact()
+    return _sketch(rng, names, depth) if is_exact else str(sketch)
 
 
 def _value(rng: random.Random, name: str, field: dataclasses.Field, depth: int) -> object:

@@ -28,6 +28,7 @@ from backsketch.sampling.stream import mix
 from mutations import Mutation, drop_the_weights, shift_the_indices
 
 MAX_SHRINKS = 60
+NO_FAILURE = ("sketched", "left exact", "refused", "rejected")
 
 # Failures -------------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ def run_cases(seeds: range, report: Callable[[str], None] = print) -> dict[str, 
     for number, seed in enumerate(seeds, start=1):
         case = case_of(seed)
         outcome = outcome_of(case)
-        if outcome not in ("sketched", "refused", "rejected"):
+        if outcome not in NO_FAILURE:
             failures.append(seed)
             outcome = "failed"
             report(explain(seed))

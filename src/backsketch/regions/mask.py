@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from backsketch import sampling
+from backsketch.ops.double_backward import without_double_backward
+from backsketch.regions import rows as row_ops
+from backsketch.regions.spec import Mask
 from backsketch.torch_private import pytree, traced_as_constant
 
 __all__ = ["mask_outputs", "mask_rows", "masked_rows"]
@@ -26,15 +29,20 @@ _WAY_OUT = "put the mask on the module before the loss, or compute the loss outs
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
-def masked_rows(cotangent: Tensor, keep: float, row_dims: int) -> Tensor:
+def masked_rows(cotangent: Tensor, keep: float, row_dims: int, design: str = "shuffled") -> Tensor:
     """An unbiased estimate of ``cotangent`` with at most ``ceil(keep * n)`` non-zero rows."""
     n = math.prod(cotangent.shape[:row_dims])
     if n == 0:
         return cotangent
     rows = cotangent.reshape(n, -1)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    scores = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    sample = sampling.draw(scores, sampling.num_kept(n, keep), sampling.next_seed(cotangent))
+    scores = row_ops.row_norms(rows)
+    sample = sampling.draw(
+        scores,
+        sampling.num_kept(n, keep),
+        sampling.next_seed(cotangent),
+        design=design,
+        block=row_ops.tokens(cotangent.shape[:row_dims]),
+    )
     weights = torch.zeros_like(scores).index_put((sample.indices,), sample.weights)
     # Not a product: a dropped row must be zero even where the cotangent is not finite.
     kept = torch.where(weights[:, None] > 0, rows * weights[:, None].to(rows.dtype), 0.0)
@@ -42,27 +50,30 @@ def masked_rows(cotangent: Tensor, keep: float, row_dims: int) -> Tensor:
 
 
 class _Mask(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x: Tensor, keep: float, row_dims: int) -> Tensor:
+    def forward(x: Tensor, keep: float, row_dims: int, design: str) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.keep, ctx.row_dims = inputs
+        _, ctx.keep, ctx.row_dims, ctx.design = inputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        return masked_rows(cotangent, ctx.keep, ctx.row_dims), None, None
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None, None]:
+        kept = without_double_backward(masked_rows, cotangent, ctx.keep, ctx.row_dims, ctx.design)
+        return kept, None, None, None
 
 
-def mask_rows(x: Tensor, keep: float, row_dims: int = 1) -> Tensor:
+def mask_rows(x: Tensor, keep: float, row_dims: int = 1, design: str = "shuffled") -> Tensor:
     """The identity, with a backward pass that keeps a fraction ``keep`` of the rows.
 
     Args:
         x: at least ``row_dims`` dimensions, the leading ones counting rows.
         keep: fraction in (0, 1].
         row_dims: 1 for samples, 2 for tokens.
+        design: as of :class:`~backsketch.Mask`.
 
     Raises:
         ValueError: ``x`` has too few dimensions.
@@ -71,10 +82,10 @@ def mask_rows(x: Tensor, keep: float, row_dims: int = 1) -> Tensor:
         raise ValueError(
             f"a mask over {row_dims} leading dimensions cannot act on an output of shape {tuple(x.shape)}"
         )
-    return _Mask.apply(x, keep, row_dims) if keep < 1 else x
+    return _Mask.apply(x, keep, row_dims, design) if keep < 1 else x
 
 
-def mask_outputs(module: nn.Module, outputs: Any, keep: float, row_dims: int) -> Any:
+def mask_outputs(module: nn.Module, outputs: Any, sketch: Mask) -> Any:
     """Mask every differentiable tensor among a module's outputs, each with a draw of its own.
 
     A tensor without rows (an auxiliary loss beside the hidden states) is left alone: its gradient is
@@ -85,8 +96,7 @@ def mask_outputs(module: nn.Module, outputs: Any, keep: float, row_dims: int) ->
     Args:
         module: the masked module, for messages.
         outputs: what its forward pass returned.
-        keep: fraction in (0, 1].
-        row_dims: 1 for samples, 2 for tokens.
+        sketch: how much of them is kept, and how it is drawn.
 
     Returns:
         ``outputs`` with the same values.
@@ -95,8 +105,9 @@ def mask_outputs(module: nn.Module, outputs: Any, keep: float, row_dims: int) ->
         ValueError: no output has rows, or one without rows is computed from those with rows.
         TypeError: there is no tensor among the outputs, as far as PyTorch can look into them.
     """
-    if keep >= 1:
+    if sketch.keep >= 1:
         return outputs
+    row_dims = sketch.row_dims
     leaves, spec = pytree.tree_flatten(outputs)
     trained = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
     rows = [i for i in trained if leaves[i].dim() >= row_dims]
@@ -110,7 +121,7 @@ def mask_outputs(module: nn.Module, outputs: Any, keep: float, row_dims: int) ->
     elif len(rows) < len(trained):
         _check_losses(module, [leaves[i] for i in trained], row_dims)
     for i in rows:
-        leaves[i] = mask_rows(leaves[i], keep, row_dims)
+        leaves[i] = mask_rows(leaves[i], sketch.keep, row_dims, sketch.design)
     return pytree.tree_unflatten(leaves, spec)
 
 

@@ -38,7 +38,7 @@ class MaskedModule(Swapped):
         outputs = super().forward(*args, **kwargs)
         if inside() or not self._active():
             return outputs
-        return mask_outputs(self, outputs, self._backsketch.keep, self._backsketch.row_dims)
+        return mask_outputs(self, outputs, self._backsketch)
 
 
 def attach(module: nn.Module, sketch: Region | Mask, name: str = "") -> RegionState | None:

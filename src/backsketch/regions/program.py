@@ -130,7 +130,13 @@ class Program:
         region.settle("active", note=self.note)
         if region.scores is not None:
             region.scores.append(scores)
-        sample = sampling.draw_live(scores, region.spec.keep, _num_live(region, scores))
+        sample = sampling.draw_live(
+            scores,
+            region.spec.keep,
+            _num_live(region, scores),
+            region.spec.design,
+            row_ops.tokens(lead),
+        )
         if sample is None:
             return (self.every or self.exact)(args)
         return (self.rounded or self.kept)(args, lead, sample.indices, sample.weights)

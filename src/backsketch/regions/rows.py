@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backsketch.sampling import is_readable
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -116,14 +118,36 @@ def put(g: Tensor, dim: int, axes: int, lead: Sequence[int], index: Tensor) -> T
     return full
 
 
+def tokens(lead: Sequence[int]) -> int:
+    """How many consecutive rows belong to one sample, where ``lead`` are the leading sizes that count rows."""
+    return math.prod(lead[1:])
+
+
 def scores(cotangents: Sequence[Tensor], row_dims: int) -> Tensor:
-    """Euclidean norms of the rows of several cotangents taken together: float32 ``(n,)``."""
-    norms = [_row_norms(g, row_dims) for g in cotangents]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).square_().sum(0).sqrt_()
+    """Euclidean norms of the rows of several cotangents taken together, ``(n,)``."""
+    norms = [row_norms(g.reshape(math.prod(g.shape[:row_dims]), -1)) for g in cotangents]
+    if len(norms) == 1:
+        return norms[0]
+    return row_norms(torch.stack([x.to(torch.float64) for x in norms], dim=1))
 
 
-def _row_norms(g: Tensor, row_dims: int) -> Tensor:
-    if g.dim() != 2 or row_dims != 1:
-        g = g.reshape(math.prod(g.shape[:row_dims]), -1)
-    dtype = None if g.dtype == torch.float32 else torch.promote_types(g.dtype, torch.float32)
-    return torch.linalg.vector_norm(g, dim=1, dtype=dtype)
+def row_norms(rows: Tensor) -> Tensor:
+    """Euclidean norms ``(n,)`` of the rows ``(n, d)``, in float32 or better, at any magnitude.
+
+    Squares leave the range of float32 where entries are below 1e-22 or above 1e19: such norms, and those that
+    cannot be looked at without waiting, are taken in float64.
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if dtype == torch.float64:
+        return _norms_in_double(rows)
+    if is_readable(rows):
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+        if norms.numel() == 0 or 1e-10 < float(norms.max()) < 1e17:
+            return norms
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+
+
+def _norms_in_double(rows: Tensor) -> Tensor:
+    largest = rows.abs().amax() if rows.numel() else rows.new_ones(())
+    unit = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
+    return torch.linalg.vector_norm(rows / unit, dim=1) * unit

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from backsketch.estimators.base import Sketch, check_choice, register
+from backsketch.sampling import ROW_DESIGNS
 
 __all__ = ["Mask", "Region"]
 
@@ -42,13 +43,16 @@ class Region(Sketch):
         mode: ``"save"`` keeps the activations of the exact forward pass and slices them, at cost
             ``1 + 2 keep`` (a forward pass is 1); ``"recompute"`` keeps the inputs only and recomputes
             the kept rows, dropout masks included, at cost ``1 + 3 keep``.
+        design: how the rows are drawn, see :data:`backsketch.sampling.ROW_DESIGNS`. The default, ``"shuffled"``,
+            draws systematically within a random order of the samples: neighbouring tokens stratify the sample
+            for free, and samples that alternate (pairs, as in preference training) cannot fall in step with it.
 
     Raises:
         ValueError: an argument is out of range.
 
     Example:
         >>> Region(keep=0.5, mode="recompute")
-        Region(keep=0.5, row_dims=1, mode='recompute', arithmetic='exact', save='exact')
+        Region(keep=0.5, row_dims=1, mode='recompute', arithmetic='exact', save='exact', design='shuffled')
     """
 
     keep: float
@@ -56,6 +60,7 @@ class Region(Sketch):
     mode: Literal["save", "recompute"] = "save"
     arithmetic: Literal["exact", "int8"] = "exact"
     save: Literal["exact", "int8", "int4"] = "exact"
+    design: str = "shuffled"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +72,7 @@ class Region(Sketch):
             raise ValueError(
                 f"Region: save={self.save!r} keeps rounded tensors of all rows: it needs keep=1.0 and mode='save'"
             )
+        check_choice(self, "design", self.design, ROW_DESIGNS)
 
     def is_exact(self) -> bool:
         """Whether nothing is randomized."""
@@ -90,6 +96,7 @@ class Mask(Sketch):
     Args:
         keep: fraction of the rows that is kept, in (0, 1]; 1 is exact.
         row_dims: how many leading dimensions count rows (1: samples, 2: tokens).
+        design: as of a :class:`Region`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -97,10 +104,12 @@ class Mask(Sketch):
 
     keep: float
     row_dims: int = 1
+    design: str = "shuffled"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "row_dims", self.row_dims, _ROW_DIMS)
+        check_choice(self, "design", self.design, ROW_DESIGNS)
 
     def is_exact(self) -> bool:
         """Whether nothing is randomized."""

@@ -12,6 +12,7 @@ The user's global random stream is never read or advanced.
 """
 
 from backsketch.sampling.design import DESIGNS as DESIGNS
+from backsketch.sampling.design import ROW_DESIGNS as ROW_DESIGNS
 from backsketch.sampling.design import inclusion_probabilities as inclusion_probabilities
 from backsketch.sampling.design import is_readable as is_readable
 from backsketch.sampling.design import num_kept as num_kept

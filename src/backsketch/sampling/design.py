@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from backsketch.sampling.stream import generator_of, unit
+from backsketch.sampling.stream import generator_of
 from backsketch.torch_private import is_functorch_wrapped
 
 __all__ = [
     "DESIGNS",
-    "FIXED_SIZE",
+    "ROW_DESIGNS",
     "few",
     "inclusion_probabilities",
     "is_readable",
     "num_kept",
     "num_live_kept",
+    "order_of",
+    "systematic",
 ]
 
 _SORT_UP_TO = 1024  # on the CPU; above, linear passes that look at their result are faster
@@ -109,7 +111,7 @@ def _level_by_passes(s: Tensor, k: int) -> Tensor:
     return lam
 
 
-def _systematic(pi: Tensor, k: int, u: float) -> Tensor:
+def systematic(pi: Tensor, k: int, u: float) -> Tensor:
     """Systematic sampling (Madow 1949): exactly k rows with inclusion probabilities ``pi``.
 
     One uniform number in [0, 1) and one cumulative sum. In the order given it also stratifies:
@@ -124,7 +126,7 @@ def _systematic(pi: Tensor, k: int, u: float) -> Tensor:
 def few(scores: Sequence[float], k: int, u: float, floor: float) -> tuple[list[int], list[float]]:
     """Water-filling and systematic sampling of a few rows in plain numbers.
 
-    The same steps as :func:`inclusion_probabilities` and :func:`_systematic`, of which each costs an
+    The same steps as :func:`inclusion_probabilities` and :func:`systematic`, of which each costs an
     operator's launch there.
     """
     n = len(scores)
@@ -156,19 +158,33 @@ def few(scores: Sequence[float], k: int, u: float, floor: float) -> tuple[list[i
     return indices, [1 / pi[i] if pi[i] > 0 else 0.0 for i in indices]
 
 
-def _draw_systematic(pi: Tensor, k: int, seed: int, stream: int) -> Tensor:
-    return _systematic(pi, k, unit(seed, stream))
+def order_of(
+    design: str, n: int, block: int, device: torch.device, seed: int, stream: int
+) -> Tensor | None:
+    """The order in which ``n`` rows come before the systematic draw; None for their natural one.
+
+    Args:
+        design: one of :data:`ROW_DESIGNS`.
+        n: number of rows.
+        block: how many consecutive rows stay together in the ``shuffled`` design.
+        device: where the order is wanted.
+        seed: with ``stream``, what the order is a function of.
+        stream: see ``seed``.
+    """
+    size = {"shuffled": block, "permuted": 1}.get(design, n)
+    if size >= n:
+        return None
+    blocks = torch.randperm(n // size, device=device, generator=generator_of(device, seed, stream))
+    if size == 1:
+        return blocks
+    return (blocks[:, None] * size + torch.arange(size, device=device)).flatten()
 
 
-def _draw_permuted(pi: Tensor, k: int, seed: int, stream: int) -> Tensor:
-    generator = generator_of(pi.device, seed, stream)
-    order = torch.randperm(pi.shape[0], device=pi.device, generator=generator)
-    return order[_systematic(pi[order], k, unit(seed, stream))].sort().values
-
-
-FIXED_SIZE = {"systematic": _draw_systematic, "permuted": _draw_permuted}
-
-DESIGNS = (*FIXED_SIZE, "independent")
+DESIGNS = ("systematic", "permuted", "independent")
 """``systematic`` in the natural order, ``permuted`` (systematic in random order), and
 ``independent`` (Bernoulli: every row is returned, the dropped ones with weight zero; the reference
 whose variance formulas are exact, it saves nothing)."""
+
+ROW_DESIGNS = ("shuffled", *DESIGNS)
+"""Designs for rows that are known to be samples, or tokens of samples: ``shuffled`` is systematic within a
+random order of the samples, in which the tokens of a sample keep their natural order."""

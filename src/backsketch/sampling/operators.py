@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from backsketch.sampling import native
-from backsketch.sampling.design import FIXED_SIZE, few, inclusion_probabilities, num_kept
+from backsketch.sampling.design import (
+    few,
+    inclusion_probabilities,
+    num_kept,
+    order_of,
+    systematic,
+)
 from backsketch.sampling.stream import fresh, generator_of, mix, unit
 
 __all__ = [
@@ -89,35 +95,52 @@ def _next_seed_impl(anchors: Sequence[Tensor]) -> Tensor:
 
 
 def _draw_impl(
-    scores: Tensor, k: int, seed: Tensor, stream: int, design: str, floor: float
+    scores: Tensor, k: int, seed: Tensor, stream: int, design: str, floor: float, block: int
 ) -> tuple[Tensor, Tensor]:
-    return _drawn(scores, k, int(seed), stream, design, floor)
+    return _drawn(scores, k, int(seed), stream, design, floor, block)
 
 
 def _drawn(
-    scores: Tensor, k: int, seed: int, stream: int, design: str, floor: float
+    scores: Tensor, k: int, seed: int, stream: int, design: str, floor: float, block: int
 ) -> tuple[Tensor, Tensor]:
-    if design == "systematic" and scores.device.type == "cpu":
-        u = unit(seed, stream)
+    if design == "independent":
+        return _independent(scores, k, seed, stream, floor)
+    u = unit(seed, stream)
+    order = order_of(design, scores.shape[0], block, scores.device, seed, stream)
+    if order is None:
+        return _systematic(scores, k, u, floor)
+    indices, weights = _systematic(scores[order], k, u, floor)
+    indices, places = order[indices].sort()
+    return indices, weights[places]
+
+
+def _systematic(scores: Tensor, k: int, u: float, floor: float) -> tuple[Tensor, Tensor]:
+    """Systematic sampling in the order given, by the fastest way there is."""
+    if scores.device.type == "cpu":
         if (drawn := native.draw(scores, k, u, floor)) is not None:
             return drawn
         if scores.shape[0] <= _IN_PYTHON:
             chosen, weights = few(scores.tolist(), k, u, floor)
             return torch.tensor(chosen), torch.tensor(weights, dtype=scores.dtype)
     pi = inclusion_probabilities(scores, k, floor)
-    if design == "independent":
-        generator = generator_of(scores.device, seed, stream)
-        kept = torch.rand(pi.shape, dtype=pi.dtype, device=pi.device, generator=generator) < pi
-        indices = torch.arange(pi.shape[0], device=pi.device)
-        return indices, torch.where(kept, 1 / pi, 0.0).to(scores.dtype)
-    indices = FIXED_SIZE[design](pi, k, seed, stream)
+    indices = systematic(pi, k, u)
     # A row without a chance can only be hit by rounding at the ends; its weight must not be infinite.
     chances = pi[indices]
     return indices, torch.where(chances > 0, 1 / chances, 0.0).to(scores.dtype)
 
 
+def _independent(
+    scores: Tensor, k: int, seed: int, stream: int, floor: float
+) -> tuple[Tensor, Tensor]:
+    pi = inclusion_probabilities(scores, k, floor)
+    generator = generator_of(scores.device, seed, stream)
+    kept = torch.rand(pi.shape, dtype=pi.dtype, device=pi.device, generator=generator) < pi
+    indices = torch.arange(pi.shape[0], device=pi.device)
+    return indices, torch.where(kept, 1 / pi, 0.0).to(scores.dtype)
+
+
 def _draw_fake(
-    scores: Tensor, k: int, seed: Tensor, stream: int, design: str, floor: float
+    scores: Tensor, k: int, seed: Tensor, stream: int, design: str, floor: float, block: int
 ) -> tuple[Tensor, Tensor]:
     size = scores.shape[0] if design == "independent" else k
     return scores.new_empty(size, dtype=torch.int64), scores.new_empty(size)
@@ -141,8 +164,8 @@ _next_seed = operator(
     _next_seed_vmap,
 )
 _draw = operator(
-    "draw(Tensor scores, SymInt k, Tensor seed, int stream, str design, float floor)"
-    " -> (Tensor, Tensor)",
+    "draw(Tensor scores, SymInt k, Tensor seed, int stream, str design, float floor,"
+    " SymInt block) -> (Tensor, Tensor)",
     _draw_impl,
     _draw_fake,
 )
@@ -177,6 +200,7 @@ def draw(
     stream: int = 0,
     design: str = "systematic",
     floor: float | None = None,
+    block: int = 1,
 ) -> Sample:
     """Draw ``k`` of ``n`` rows with the optimal inclusion probabilities of ``scores``.
 
@@ -185,18 +209,25 @@ def draw(
         k: number of rows, ``1 <= k <= n``.
         seed: what :func:`next_seed` returned.
         stream: an integer that makes several draws from one seed independent.
-        design: one of :data:`DESIGNS`.
+        design: one of :data:`ROW_DESIGNS`.
         floor: see :func:`inclusion_probabilities`; None is zero.
+        block: see :func:`order_of`.
 
     Returns:
         :class:`Sample` of ``k`` rows (of ``n`` for the independent design).
     """
     # A constant of the code, because a compiler may make a symbol of a default argument that is a float.
     floor = 0.0 if floor is None else floor
-    return Sample(*_draw(scores, k, seed, stream, design, floor))
+    return Sample(*_draw(scores, k, seed, stream, design, floor, block))
 
 
-def draw_live(scores: Tensor, keep: float, live: int | None = None) -> Sample | None:
+def draw_live(
+    scores: Tensor,
+    keep: float,
+    live: int | None = None,
+    design: str = "systematic",
+    block: int = 1,
+) -> Sample | None:
     """:func:`draw` of a fraction ``keep`` of the rows with a positive score, with a fresh seed.
 
     Without an operator around it: only for code that no compiler and no function transform ever sees.
@@ -205,6 +236,8 @@ def draw_live(scores: Tensor, keep: float, live: int | None = None) -> Sample | 
         scores: ``(n,)`` floating point.
         keep: the fraction.
         live: how many scores are positive; None counts them, which on an accelerator waits for it.
+        design: one of :data:`ROW_DESIGNS`.
+        block: see :func:`order_of`.
 
     Returns:
         The sample, or None where that is all rows.
@@ -213,7 +246,7 @@ def draw_live(scores: Tensor, keep: float, live: int | None = None) -> Sample | 
     if live is None:
         live = int(torch.count_nonzero(scores))
     k = num_kept(live, keep)
-    return None if k >= n else Sample(*_drawn(scores, k, fresh(), 0, "systematic", 0.0))
+    return None if k >= n else Sample(*_drawn(scores, k, fresh(), 0, design, 0.0, block))
 
 
 def uniform_like(like: Tensor, seed: Tensor, stream: int = 0) -> Tensor:

@@ -230,7 +230,7 @@ def parse_rules(text: str) -> Sketch | dict[str, Sketch | None]:
         >>> parse_rules("rows:keep=0.5")
         Rows(keep=0.5, scores='optimal', design='systematic')
         >>> parse_rules('{"head": null, "": "mask:keep=0.75"}')
-        {'head': None, '': Mask(keep=0.75, row_dims=1)}
+        {'head': None, '': Mask(keep=0.75, row_dims=1, design='shuffled')}
     """
     if not text.lstrip().startswith("{"):
         return bs.parse(text)
