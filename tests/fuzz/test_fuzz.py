@@ -29,13 +29,16 @@ def test_every_sketch_is_in_a_thousand_cases():
     assert not rare
 
 
-CHAIN = Case("vectors", (Node("linear"), Node("tanh"), Node("linear")), (("*", "rows:keep=0.5"),))
+ROWS = Case("vectors", (Node("linear"), Node("tanh"), Node("linear")), (("*", "rows:keep=0.5"),))
+# One seed for two such layers keeps the same group of channels in both.
+GROUPS = Case("images", (Node("grouped"), Node("grouped")), (("*", "columns:keep=0.5"),))
+NOTICED_IN = {"a forgotten weight": ROWS, "a wrong row": ROWS, "a shared seed": GROUPS}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_chain_is_enough_to_notice_each_mutation(mutation, dtype, monkeypatch):
-    case = dataclasses.replace(CHAIN, dtype=dtype)
+    case = dataclasses.replace(NOTICED_IN[mutation], dtype=dtype)
     assert check(case, QUICK) == "sketched"
     MUTATIONS[mutation](monkeypatch)
     with pytest.raises(Failure, match="biased"):
