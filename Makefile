@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Threads that wait for work by spinning slow each other down where cores are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all faults docs lint types check clean
+.PHONY: demo test test-all faults fuzz docs lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ test-all: $(STAMP)  ## with the slow cases
 
 faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
 	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 3 --out results/faults/faults.json
+
+fuzz: $(STAMP)  ## a thousand random models and sketches; see docs/testing.md
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_run.py --cases 1000
 
 docs: $(STAMP)  ## the site, in site/; warnings are errors
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

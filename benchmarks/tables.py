@@ -49,6 +49,15 @@ def real_variance() -> str:
     return _markdown(header, rows)
 
 
+def designs() -> str:
+    table: dict[str, dict[float, float]] = {}
+    for row in _load("designs")["rows"]:
+        table.setdefault(row["design"], {})[row["keep"]] = row["variance"]
+    keeps = sorted(next(iter(table.values())), reverse=True)
+    rows = [[f"`{name}`", *(f"{cells[k]:.3f}" for k in keeps)] for name, cells in table.items()]
+    return _markdown(["design", *(f"keep {k}" for k in keeps)], rows)
+
+
 def layer_time() -> str:
     table: dict[str, dict[str, dict]] = {}
     for row in _load("layer_time")["rows"]:
@@ -321,6 +330,7 @@ TABLES = {
     "planner_cost": planner_cost,
     "host_time": host_time,
     "real_variance": real_variance,
+    "designs": designs,
     "layer_time": layer_time,
     "head": head,
     "gpt": gpt,

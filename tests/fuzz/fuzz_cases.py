@@ -72,9 +72,10 @@ _FIELDS = {
     "scores": ("l2", "optimal", "l1", "uniform"),
     "method": ("svd", "subspace"),
     "kind": ("rademacher", "srht"),
-    "int8.save": (False, True),
+    "save": (False, True),
     "row_dims": (1, 1, 2),
     "mode": ("recompute", "save"),
+    "arithmetic": ("exact", "int8"),
 }
 _HOLDS_A_SKETCH = ("sketch", "grad_input", "grad_weight")
 
