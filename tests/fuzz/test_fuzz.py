@@ -13,10 +13,14 @@ from fuzz_run import MUTATIONS, cases_until_found, explain
 from backsketch.estimators.base import registered
 
 
+ON_EVERY_CHANGE = (30, 300, 2000)
+"""Draws of each look at a case: half as many in the first one as ``make fuzz`` takes."""
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_a_random_model_keeps_its_values_and_has_unbiased_gradients(seed):
     try:
-        check(case_of(seed))
+        check(case_of(seed), ON_EVERY_CHANGE)
     except Rejected as reason:
         pytest.skip(f"PyTorch refuses the model: {reason}")
     except Exception:
@@ -54,7 +58,7 @@ def test_each_mutation_is_found_within_a_hundred_random_cases(mutation):
 
 def test_a_failing_case_says_how_to_run_it_and_is_made_smaller(monkeypatch):
     MUTATIONS["a forgotten weight"](monkeypatch)
-    seed = next(s for s in range(1000) if case_of(s).rules == (("*", "rows:keep=0.4"),))
+    seed = 218  # two activations between the stem and the head, rows at keep 0.4
     text = explain(seed, QUICK)
     assert "biased" in text
     assert f"--case {seed}" in text
