@@ -73,6 +73,8 @@ _FIELDS = {
     "method": ("svd", "subspace"),
     "kind": ("rademacher", "srht"),
     "save": (False, True),
+    "region.save": ("int8", "int4"),
+    "region.keep": (1.0, 1.0, 0.75, 0.5, 0.4),
     "row_dims": (1, 1, 2),
     "mode": ("recompute", "save"),
     "arithmetic": ("exact", "int8"),
@@ -101,8 +103,7 @@ def _sketch(rng: random.Random, names: list[str], depth: int = 1) -> str:
         sketch = cls(**{n: v for n, v in arguments.items() if v is not dataclasses.MISSING})
     except ValueError:
         return _sketch(rng, names, depth)
-    is_exact = isinstance(sketch, bs.Estimator) and sketch.is_exact()
-    return _sketch(rng, names, depth) if is_exact else str(sketch)
+    return _sketch(rng, names, depth) if sketch.is_exact() else str(sketch)
 
 
 def _value(rng: random.Random, name: str, field: dataclasses.Field, depth: int) -> object:

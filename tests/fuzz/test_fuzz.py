@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import fuzz_check
 import pytest
 from fuzz_cases import Case, case_of, smaller
 from fuzz_check import QUICK, Failure, Rejected, check
@@ -13,6 +14,7 @@ from fuzz_run import MUTATIONS, cases_until_found, explain
 from backsketch.estimators.base import registered
 
 
+LOOK = (60,)
 ON_EVERY_CHANGE = (30, 300, 2000)
 """Draws of each look at a case: half as many in the first one as ``make fuzz`` takes."""
 
@@ -40,7 +42,14 @@ COLUMNS = Case(
 NOTICED_IN = {"a forgotten weight": ROWS, "a wrong row": ROWS, "a shared seed": COLUMNS}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param("bfloat16", marks=pytest.mark.slow),
+        pytest.param("autocast", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_chain_is_enough_to_notice_each_mutation(mutation, dtype, monkeypatch):
     case = dataclasses.replace(NOTICED_IN[mutation], dtype=dtype)
@@ -58,11 +67,12 @@ def test_each_mutation_is_found_within_a_hundred_random_cases(mutation):
 
 def test_a_failing_case_says_how_to_run_it_and_is_made_smaller(monkeypatch):
     MUTATIONS["a forgotten weight"](monkeypatch)
+    monkeypatch.setattr(fuzz_check, "QUICK", LOOK)
     seed = 218  # two activations between the stem and the head, rows at keep 0.4
-    text = explain(seed, QUICK)
+    text = explain(seed, LOOK)
     assert "biased" in text
     assert f"--case {seed}" in text
     small = eval(text.split("made smaller")[1], {"Case": Case, "Node": Node})
     assert len(list(smaller(small))) < len(list(smaller(case_of(seed))))
     with pytest.raises(Failure, match="biased"):
-        check(small, QUICK)
+        check(small, LOOK)
