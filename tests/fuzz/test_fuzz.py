@@ -13,7 +13,6 @@ from fuzz_run import MUTATIONS, cases_until_found, explain
 
 from backsketch.estimators.base import registered
 
-
 LOOK = (60,)
 ON_EVERY_CHANGE = (30, 300, 2000)
 """Draws of each look at a case: half as many in the first one as ``make fuzz`` takes."""
