@@ -108,8 +108,11 @@ class _Rewriter:
             rows, columns = g.meta["val"].shape
             if is_worth_it(hint(rows), hint(columns), hint(depth)):
                 (below if kind == "input" else at_weight)[g].append(node)
+        packed: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in self._calls(vjps_operator):
+            packed[args_of(node)[0]].append(node)
         for g in dict.fromkeys([*below, *at_weight]):
-            for first, second in itertools.zip_longest(below[g], at_weight[g]):
+            for first, second in itertools.zip_longest(below[g], [*at_weight[g], *packed[g]]):
                 self._product(g, first, second)
 
     def _calls(self, target: Any) -> list[fx.Node]:
@@ -134,10 +137,14 @@ class _Rewriter:
         place = min(old, key=list(self.graph.nodes).index)
         with self.graph.inserting_before(place):
             w = None if below is None else self._hoisted(args_of(below)[1], place)
-            x, turn = None, False
-            if at_weight is not None:
+            x, packed, turn = None, (None, None), False
+            if at_weight is not None and at_weight.target is vjps_operator:
+                packed = args_of(at_weight)[3:5]
+                old += at_weight.users
+                (at_weight,) = at_weight.users
+            elif at_weight is not None:
                 x, turn = self._input_of(at_weight, place)
-            results = self._vjps(g, x, w, bool(sums))
+            results = self._vjps(g, x, w, packed, bool(sums))
             if below is not None:
                 below.replace_all_uses_with(self._call(operator.getitem, results, 0))
             if at_weight is not None:
@@ -148,12 +155,14 @@ class _Rewriter:
                 kept = len(args_of(node)) > 2 and args_of(node)[2]
                 new = self._call(aten.unsqueeze.default, total, 0) if kept else total
                 node.replace_all_uses_with(new)
-        for node in old:
+        for node in reversed(old):
             self._erase(node)
 
-    def _vjps(self, g: fx.Node, x: fx.Node | None, w: fx.Node | None, with_bias: bool) -> fx.Node:
+    def _vjps(
+        self, g: fx.Node, x: fx.Node | None, w: fx.Node | None, packed: Any, with_bias: bool
+    ) -> fx.Node:
         self.stream += 1
-        return self._call(vjps_operator, g, x, w, None, None, self.seed, self.stream, with_bias)
+        return self._call(vjps_operator, g, x, w, *packed, self.seed, self.stream, with_bias)
 
     def _input_of(self, product: fx.Node, place: fx.Node) -> tuple[fx.Node, bool]:
         """The x of ``g.T @ x``; where the product is ``x.T @ g``, the result has to be turned."""

@@ -17,6 +17,7 @@ from backsketch.regions.arithmetic import in_8_bits
 from backsketch.regions.compilers import Compiler, copied
 from backsketch.regions.compilers import Runner as GraphRunner
 from backsketch.regions.context import Call, current
+from backsketch.regions.joining import join_pieces
 from backsketch.regions.kept import kept_bytes
 from backsketch.regions.pair import Pair, Wiring
 from backsketch.regions.partition import partition
@@ -98,8 +99,7 @@ class _Graphs:
         self.compiler, self.rounded, self.bits = compiler, rounded, bits
         self.notes: list[str] = []
         self.problems: list[str] = []
-        edit = None if bits is None else self._with_rounded_saves
-        self._partition = partition(mode, compiler.inner_partition(mode), edit)
+        self._partition = partition(mode, compiler.inner_partition(mode), self._edited)
         self.fw: fx.GraphModule | None = None
         self.bw: fx.GraphModule | None = None
         self.num_outputs = 0
@@ -149,9 +149,11 @@ class _Graphs:
         (self.notes if share.rounded else self.problems).append(str(share))
         return rounded
 
-    def _with_rounded_saves(self, joint: fx.GraphModule) -> fx.GraphModule:
-        """The joint graph with saved tensors in a few bits, or as it is, with the reason kept."""
-        assert self.bits is not None
+    def _edited(self, joint: fx.GraphModule) -> fx.GraphModule:
+        """The joint graph with saved tensors in a few bits, or in full, with the reason kept."""
+        join_pieces(joint.graph)
+        if self.bits is None:
+            return joint
         try:
             return round_saved(joint, self.bits, self.rounded and self.bits == 8)
         except Coupled as reason:

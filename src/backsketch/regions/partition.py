@@ -203,7 +203,7 @@ def _save_random(graph: fx.Graph) -> None:
 
 
 def partition(
-    mode: str, inner: Partition | None = None, edit: Callable[[fx.GraphModule], Any] | None = None
+    mode: str, inner: Partition | None, edit: Callable[[fx.GraphModule], fx.GraphModule]
 ) -> Partition:
     """The partition function of a mode; ``inner`` replaces the default split.
 
@@ -211,7 +211,7 @@ def partition(
     """
 
     def split(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
-        joint = joint if edit is None else edit(joint)
+        joint = edit(joint)
         graph = joint.graph
         _as_eager_dropout(graph)
         if mode == "recompute":

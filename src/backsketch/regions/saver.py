@@ -18,12 +18,10 @@ from backsketch.regions.partition import args_of, backward_nodes, name_of
 from backsketch.regions.share import numel
 from backsketch.regions.structure import is_random
 
-__all__ = ["SEED", "STREAM", "Saver", "Use", "source_of"]
+__all__ = ["RESHAPES", "SEED", "STREAM", "Saver", "Use", "source_of"]
 
-_RESHAPES = frozenset(
-    ["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "detach", "alias"]
-)
-_VIEWS = _RESHAPES | {"permute", "transpose", "t"}
+RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "detach", "alias"])
+_VIEWS = RESHAPES | {"permute", "transpose", "t"}
 _SIZE = torch.ops.aten.sym_size.int
 _FIRST_STREAM = 3000  # beyond those of the draws, of layers and of products
 SEED, STREAM = object(), object()
@@ -187,7 +185,7 @@ class Saver:
         ``of`` is the tensor that need not be kept then, if it is not ``x`` itself.
         """
         name = source_of(of or x).name
-        key: Any = source_of(x, _RESHAPES), kind, str(x.meta["val"].shape[-1])
+        key: Any = source_of(x, RESHAPES), kind, str(x.meta["val"].shape[-1])
         if name in self.apart:
             key = *key, len(self._packed)
         if key not in self._packed:

@@ -19,7 +19,7 @@ from torch import fx
 
 from backsketch.regions import low_precision as low
 from backsketch.regions.partition import args_of, is_turned, name_of
-from backsketch.regions.saver import SEED, STREAM, Saver, Use
+from backsketch.regions.saver import RESHAPES, SEED, STREAM, Saver, Use, source_of
 from backsketch.regions.share import hint, is_worth_it
 
 __all__ = ["use_of"]
@@ -145,7 +145,7 @@ def _activation(saver: Saver, node: fx.Node) -> Use | None:
 def _replace_activation(saver: Saver, node: fx.Node) -> None:
     g, x = args_of(node)[:2]
     name = name_of(node).removesuffix("_backward")
-    value = _value_of(saver, saver.early(x), name)
+    value = _value_of(saver, x, name)
     if value is not None and node.kwargs.get("approximate", "none") == "none":
         args = (value, name, SEED, STREAM, saver.bits, low.GROUP)
         packed = saver.pack(x, "slope", low.pack_slope_operator, *args)
@@ -158,8 +158,12 @@ def _value_of(saver: Saver, x: fx.Node, name: str) -> fx.Node | None:
     """The result of the activation at x, where the rounding knows its derivative."""
     if name not in ("gelu", "silu"):
         return None
-    values = [u for u in x.users if name_of(u) == name and saver.is_early(u)]
-    return values[0] if values else None
+    values = saver.graph.find_nodes(op="call_function", target=getattr(aten, name).default)
+    source = source_of(x, RESHAPES)
+    shown = (
+        v for v in values if saver.is_early(v) and v.kwargs.get("approximate") in (None, "none")
+    )
+    return next((v for v in shown if source_of(args_of(v)[0], RESHAPES) is source), None)
 
 
 def _slope(saver: Saver, node: fx.Node, x: fx.Node) -> fx.Node:

@@ -1,0 +1,64 @@
+"""Gradients of the pieces of a tensor: joined in a region's graph, as eager PyTorch does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import backsketch as bs
+from backsketch.regions import capture, joining, state_of
+from backsketch.regions.partition import name_of
+
+
+def unbound(x: Tensor) -> Tensor:
+    q, k, v = x.view(-1, 3, 4).unbind(1)
+    return q * k + v
+
+
+def halves(x: Tensor) -> Tensor:
+    """A rotary embedding reads the halves and the whole."""
+    return x.sin() + torch.cat([-x[..., 6:].cos(), x[..., :6].exp()], -1)
+
+
+def overlapping(x: Tensor) -> Tensor:
+    return x[:, :8] * x[:, 4:]
+
+
+def a_hole(x: Tensor) -> Tensor:
+    return x[:, :4] * x[:, 8:]
+
+
+CASES = {unbound: 0, halves: 0, overlapping: 2, a_hole: 2}
+PADDED = ("select_backward", "slice_backward")
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.linear = function, nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x))
+
+
+@pytest.mark.parametrize("function", CASES)
+def test_pieces_are_joined_where_they_fill_a_tensor(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    def joined(graph: fx.Graph) -> None:
+        joining.join_pieces(graph)
+        left.append(sum(name_of(n) in PADDED for n in graph.nodes))
+
+    monkeypatch.setattr(capture, "join_pieces", joined)
+    model, x = Function(function), torch.randn(6, 12, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    bs.sketch_(model, bs.Region(keep=0.5))
+    found = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    assert all(map(torch.allclose, found, expected))
+    assert left == [CASES[function]]
+    assert state_of(model).status == "active", state_of(model).reason
