@@ -143,6 +143,15 @@ def host_time() -> str:
     return _markdown(header, rows)
 
 
+def region_saves() -> str:
+    rows = []
+    for row in _load("region_saves")["rows"]:
+        ratios = [f"×{row[key]:.2f}" for key in ("step", "forward", "backward", "saved")]
+        rows.append([f"`{row['sketch']}`", str(row["threads"]), *ratios])
+    header = ["region", "threads", "step", "forward", "backward", "saved bytes"]
+    return _markdown(header, rows)
+
+
 def _sweep(name: str) -> Sweep:
     return Sweep.load(ROOT / "results" / name)
 
@@ -329,6 +338,7 @@ TABLES = {
     "planner": planner,
     "planner_cost": planner_cost,
     "host_time": host_time,
+    "region_saves": region_saves,
     "real_variance": real_variance,
     "designs": designs,
     "layer_time": layer_time,
