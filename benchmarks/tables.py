@@ -143,9 +143,9 @@ def host_time() -> str:
     return _markdown(header, rows)
 
 
-def region_saves() -> str:
+def functional_vit() -> str:
     rows = []
-    for row in _load("region_saves")["rows"]:
+    for row in _load("functional_vit")["rows"]:
         ratios = [f"×{row[key]:.2f}" for key in ("step", "forward", "backward", "saved")]
         rows.append([f"`{row['sketch']}`", str(row["threads"]), *ratios])
     header = ["region", "threads", "step", "forward", "backward", "saved bytes"]
@@ -338,7 +338,7 @@ TABLES = {
     "planner": planner,
     "planner_cost": planner_cost,
     "host_time": host_time,
-    "region_saves": region_saves,
+    "functional_vit": functional_vit,
     "real_variance": real_variance,
     "designs": designs,
     "layer_time": layer_time,

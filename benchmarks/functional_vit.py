@@ -1,8 +1,8 @@
 """A ViT written with functional attention as one region that keeps saved tensors in a few bits.
 
-    python benchmarks/region_saves.py region:keep=1.0,save=int8,arithmetic=int8 --threads 1
+    python benchmarks/functional_vit.py region:keep=1.0,save=int8,arithmetic=int8 --threads 1
 
-adds its rows to ``results/region_saves.json``: medians of the ratios of interleaved steps (forward and backward,
+adds its rows to ``results/functional_vit.json``: medians of the ratios of interleaved steps (forward and backward,
 process time at one thread, wall time at more), and the saved bytes as a share of the exact model's.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch.regions import state_of
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "region_saves.json"
+OUT = Path(__file__).resolve().parents[1] / "results" / "functional_vit.json"
 DIM, DEPTH, HEADS, PATCH, BATCH = 192, 6, 3, 4, 64
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     kept = [row for row in before if (row["sketch"], row["threads"]) not in new]
     rows = sorted([*kept, *rows], key=lambda row: (row["threads"], row["sketch"]))
     content = {
-        "command": "python benchmarks/region_saves.py SKETCH ... --threads THREADS",
+        "command": "python benchmarks/functional_vit.py SKETCH ... --threads THREADS",
         "model": f"ViT d {DIM}, {DEPTH} blocks, {(32 // PATCH) ** 2} tokens, batch {BATCH}",
         "machine": platform.machine(),
         "torch": torch.__version__,
