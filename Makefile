@@ -25,7 +25,7 @@ test-all: $(STAMP)  ## with the slow cases
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
-	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 3 --out results/faults/faults.json
+	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 2 --out results/faults/faults.json
 
 fuzz: $(STAMP)  ## a thousand random models and sketches; see docs/testing.md
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_run.py --cases 1000

@@ -28,22 +28,27 @@ class Interrupted(Exception):
 class StopRequest:
     """Context in which the first SIGINT or SIGTERM is noted and the second acts as usual.
 
-    Python forgets an exception that comes within a finalizer, so that even a signal that acts at once is noted.
+    Before :meth:`wait_for_steps` a SIGTERM acts as usual, even while this process waits for another one, and a SIGINT
+    at once; it is noted since Python forgets an exception that comes within a finalizer.
 
     Attributes:
         signum: the signal; 0 before there was one.
-        gently: the first signal acts at the end of the step, as is for the training to set; before that at once.
     """
 
     def __init__(self) -> None:
         self.signum = asked()  # one whose exception was lost
-        self.gently = False
+        self._gently = False
         self._before: dict[int, Any] = {}
+
+    def wait_for_steps(self) -> None:
+        """From now on the first signal acts at the end of a step, which is for the training to see to."""
+        self._gently = True
+        if self._before:
+            self._note_also(signal.SIGTERM)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # the only one allowed to ask
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._note)
+            self._note_also(signal.SIGINT)
         return self
 
     def __exit__(
@@ -54,11 +59,15 @@ class StopRequest:
     ) -> None:
         self._restore()
 
+    def _note_also(self, signum: int) -> None:
+        if signum not in self._before:
+            self._before[signum] = signal.signal(signum, self._note)
+
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
-        if not self.gently:
-            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+        if not self._gently:
+            raise KeyboardInterrupt
 
     def _restore(self) -> None:
         while self._before:

@@ -149,7 +149,7 @@ class Trainer:
         Raises:
             Interrupted: a stop was requested; the checkpoint holds the step that it came in.
         """
-        stop.gently = True
+        stop.wait_for_steps()
         name = "sketched" if self.sketched else "exact"
         progress.start(
             name,
