@@ -28,8 +28,8 @@ class Interrupted(Exception):
 class StopRequest:
     """Context in which the first SIGINT or SIGTERM is noted and the second acts as usual.
 
-    Before :meth:`wait_for_steps` a SIGTERM acts as usual, even while this process waits for another one, and a SIGINT
-    at once; it is noted since Python forgets an exception that comes within a finalizer.
+    Before :meth:`wait_for_steps` a SIGTERM acts as usual, even while this process waits for another one, and a
+    SIGINT at once; it is noted since Python forgets an exception that comes within a finalizer.
 
     Attributes:
         signum: the signal; 0 before there was one.
