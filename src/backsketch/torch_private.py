@@ -50,6 +50,7 @@ __all__ = [
     "recompile_limit_error",
     "same_but_no_view",
     "traced_as_constant",
+    "transforms_are_active",
     "unseen_by_compiler",
     "without_autocast",
     "without_history",
@@ -67,6 +68,15 @@ def is_functorch_wrapped(x: Tensor) -> bool:
     """
     test = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
     return True if test is None else bool(test(x))
+
+
+def transforms_are_active() -> bool:
+    """Whether a function transform (``torch.func``) is under way.
+
+    There is no public test. Without the private one it counts as so: Functions then take the longer way.
+    """
+    test = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return True if test is None else bool(test())
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor | None:

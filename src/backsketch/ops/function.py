@@ -12,7 +12,7 @@ from backsketch.estimators import Bilinear, Estimator
 from backsketch.estimators.base import Gradients
 from backsketch.ops.double_backward import without_double_backward
 from backsketch.sampling import next_seed
-from backsketch.torch_private import same_but_no_view
+from backsketch.torch_private import same_but_no_view, transforms_are_active
 
 __all__ = ["apply", "as_own_tensor"]
 
@@ -31,7 +31,10 @@ def apply(
     stored: tuple[Tensor, ...] = ()
     if weight.requires_grad:
         stored = _store(op, x.detach(), weight.detach(), estimator)
-    y: Tensor = _SketchedLayer.apply(op, estimator, x, weight, bias, *stored)
+    # The Function that transforms can see through looks up a signature in each call: a tenth of a millisecond.
+    plain = not (torch.compiler.is_compiling() or transforms_are_active())
+    function = _PlainLayer if plain else _SketchedLayer
+    y: Tensor = function.apply(op, estimator, x, weight, bias, *stored)
     return y
 
 
@@ -51,7 +54,32 @@ def as_own_tensor(y: Tensor) -> Tensor:
     return same_but_no_view(y)
 
 
+class _PlainLayer(Function):
+    """The layer outside of compilers and function transforms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Bilinear,
+        estimator: Estimator,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *stored: Tensor,
+    ) -> Tensor:
+        ctx.op, ctx.estimator, ctx.input_shape = op, estimator, x.shape
+        ctx.save_for_backward(weight, *stored)
+        y = op.forward(x, weight, bias)
+        return as_own_tensor(y) if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, cotangent)
+
+
 class _SketchedLayer(Function):
+    """The same for compilers and function transforms."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -73,12 +101,16 @@ class _SketchedLayer(Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        weight, *stored = ctx.saved_tensors
-        gradients = without_double_backward(
-            _vjp, ctx.op, ctx.estimator, tuple(ctx.input_shape), ctx.needs_input_grad[2:5],
-            cotangent, weight, *stored,
-        )  # fmt: skip
-        return (None, None, *gradients, *([None] * len(stored)))
+        return _backward(ctx, cotangent)
+
+
+def _backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    weight, *stored = ctx.saved_tensors
+    gradients = without_double_backward(
+        _vjp, ctx.op, ctx.estimator, tuple(ctx.input_shape), ctx.needs_input_grad[2:5],
+        cotangent, weight, *stored,
+    )  # fmt: skip
+    return (None, None, *gradients, *([None] * len(stored)))
 
 
 def _vjp(
