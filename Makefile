@@ -28,7 +28,7 @@ faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for
 	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 2 --out results/faults/faults.json
 
 fuzz: $(STAMP)  ## a thousand random models and sketches; see docs/testing.md
-	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_run.py --cases 1000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_run.py --cases 1000 --out results/fuzz/fuzz.json
 
 docs: $(STAMP)  ## the site, in site/; warnings are errors
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -1,6 +1,6 @@
 """Fuzz at length, rerun one case, or show that deliberate errors are found.
 
-PYTHONPATH=tests python tests/fuzz/fuzz_run.py --cases 1000 --out results/fuzz/cases.json
+PYTHONPATH=tests python tests/fuzz/fuzz_run.py --cases 1000 --out results/fuzz/fuzz.json
 PYTHONPATH=tests python tests/fuzz/fuzz_run.py --case 17
 PYTHONPATH=tests python tests/fuzz/fuzz_run.py --mutations --out results/fuzz/mutations.json
 """
@@ -27,6 +27,7 @@ from backsketch.sampling import operators
 from backsketch.sampling.stream import mix
 from mutations import Mutation, drop_the_weights, shift_the_indices
 
+COMMAND = "PYTHONPATH=tests python tests/fuzz/fuzz_run.py"
 MAX_SHRINKS = 60
 NO_FAILURE = ("sketched", "left exact", "refused", "rejected")
 
@@ -117,8 +118,16 @@ def cases_until_found(mutation: str, start: int, limit: int = 100) -> int | None
 # Runs -----------------------------------------------------------------------------------------------
 
 
-def run_cases(seeds: range, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Check the cases of some seeds; what failed is explained at once."""
+def run_cases(
+    seeds: range, report: Callable[[str], None], write: Callable[[dict[str, Any]], None]
+) -> None:
+    """Check the cases of some seeds; what failed is explained at once.
+
+    Args:
+        seeds: the cases.
+        report: gets lines about the progress and what failed.
+        write: gets the result of the cases so far, every fifty cases and at the end.
+    """
     outcomes: Counter[str] = Counter()
     sketches: Counter[str] = Counter()
     layers: Counter[str] = Counter()
@@ -135,16 +144,19 @@ def run_cases(seeds: range, report: Callable[[str], None] = print) -> dict[str, 
         if outcome == "sketched":
             sketches.update({text.split(":")[0] for _, text in case.rules})
             layers.update(set().union(*(node.kinds() for node in case.nodes)))
-        if number % 50 == 0:
-            report(f"{number}: {dict(outcomes)}, {time.process_time() - began:.0f} s")
-    return {
-        "cases": len(seeds),
-        "failures": failures,
-        "outcomes": dict(sorted(outcomes.items())),
-        "sketched_with": dict(sorted(sketches.items())),
-        "layers_in_sketched_cases": dict(sorted(layers.items())),
-        "processor_seconds": round(time.process_time() - began),
-    }
+        if number % 50 == 0 or number == len(seeds):
+            seconds = round(time.process_time() - began)
+            report(f"{number}: {dict(outcomes)}, {seconds} s")
+            write(
+                {
+                    "cases": number,
+                    "failures": failures,
+                    "outcomes": dict(sorted(outcomes.items())),
+                    "sketched_with": dict(sorted(sketches.items())),
+                    "layers_in_sketched_cases": dict(sorted(layers.items())),
+                    "processor_seconds": seconds,
+                }
+            )
 
 
 def main() -> None:
@@ -161,21 +173,24 @@ def main() -> None:
     if options.case is not None:
         print(fuzz_check.check(case_of(options.case)))
         return
+    results: list[dict[str, Any]] = []
+
+    def write(result: dict[str, Any]) -> None:
+        results.append(result)
+        result["command"] = " ".join([COMMAND, *sys.argv[1:]])
+        result["torch"] = torch.__version__
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+
     if options.mutations:
-        found = {name: cases_until_found(name, options.first) for name in MUTATIONS}
-        result: dict[str, Any] = {"cases_until_found": found}
-        failed = None in found.values()
+        write({"cases_until_found": {n: cases_until_found(n, options.first) for n in MUTATIONS}})
+        failed = None in results[-1]["cases_until_found"].values()
     else:
         seeds = range(options.first, options.first + options.cases)
-        result = run_cases(seeds, lambda text: print(text, flush=True))
-        failed = bool(result["failures"])
-    result["command"] = "PYTHONPATH=tests python tests/fuzz/fuzz_run.py " + " ".join(sys.argv[1:])
-    result["torch"] = torch.__version__
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+        run_cases(seeds, lambda text: print(text, flush=True), write)
+        failed = bool(results[-1]["failures"])
+    print(json.dumps(results[-1], indent=1))
     sys.exit(failed)
 
 
