@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"fast_cases names cases that do not exist: {missing}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Exempt what is imported from garbage collection: every training asks for one, which took longer than it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_streams():
     torch.set_num_threads(1)  # some tests ask for more
     seed_torch(0)
     bs.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(request, monkeypatch):
+    """Leave out the picture of each run, which takes longer than a tiny run, unless a test has ``pictures``."""
+    run = sys.modules.get("backsketch.train.run")
+    if run is not None and "pictures" not in request.keywords:
+        monkeypatch.setattr(run, "plot_result", lambda result, path: None)
 
 
 @pytest.fixture(scope="session")

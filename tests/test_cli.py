@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from backsketch import cli
-from backsketch.train import config
+from backsketch.train import config, loop
 from backsketch.train.checkpoint import load_checkpoint
 
 QUICK = ["--widths", "16", "--batch-size", "64", "--epochs", "1", "--threads", "1"]
@@ -35,6 +34,7 @@ def invoke(*arguments: str):
     return CliRunner().invoke(cli.make_app(), ["train", *arguments])
 
 
+@pytest.mark.pictures
 @pytest.mark.fast_cases("60")
 @pytest.mark.parametrize(("min_steps", "accuracy"), [(60, 0.9), (None, 0.95)], ids=["60", "all"])
 def test_without_arguments_the_digits_are_trained_exactly_and_sketched(
@@ -133,16 +133,23 @@ def test_resume_refuses_other_options_and_a_damaged_checkpoint():
     assert checkpoint.read_bytes() == b"damaged"
 
 
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_weights_are_reached(tmp_path):
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_weights_are_reached(monkeypatch, capsys):
+    """The signal comes after the first checkpoint; faults/test_killed.py has one at any time, to a process."""
     options = ["--widths", "8", "--batch-size", "512", "--epochs", "40", "--threads", "1"]
-    command = [sys.executable, "-m", "backsketch.cli", "train", *options, "--out", "stopped"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    checkpoint = Path("stopped/checkpoint.pt")
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    checkpoint, save = Path("stopped/checkpoint.pt"), loop.save_checkpoint
+
+    def interrupted(*arguments):
+        save(*arguments)
+        patch.setattr(loop, "save_checkpoint", save)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", interrupted)
+        patch.setattr(sys, "argv", ["backsketch", "train", *options, "--out", "stopped"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 130, errors
     assert "to continue here: backsketch train --out stopped --resume" in errors
     assert "Traceback" not in errors
     assert load_checkpoint(checkpoint)["epoch"] < 40

@@ -61,6 +61,11 @@ class Block(nn.Module):
         return x + self.out(torch.tanh(self.q(x)) * self.k(x) + self.v(x))
 
 
+def small() -> nn.Module:
+    """A convolution and a layer, which compile in a third of the time that ``Net`` takes."""
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Tanh(), nn.Linear(64, 3))
+
+
 class Blocks(nn.Module):
     """Two blocks, each under a checkpoint, or both under one, or none."""
 
@@ -114,7 +119,7 @@ def test_compiled_gradients_are_unbiased_in_one_graph_without_recompiling(estima
 @pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5")
 @every_kind
 def test_a_mutation_of_each_kind_is_noticed_through_the_compiler(estimator, monkeypatch):
-    model = Net(4, 6)
+    model = small()
     bs.sketch_(model, estimator)
     mutation_of(estimator)(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
@@ -141,20 +146,19 @@ def test_compiled_forward_values_are_those_of_the_unconverted_model():
     model, x = Net(4, 6), images()
     call = compiled(model)
     expected = call(x)
-    for estimator in (bs.Rows(keep=0.5), bs.Projection(keep=0.5)):
-        bs.sketch_(model, estimator)
-        assert torch.equal(call(x), expected)
+    bs.sketch_(model, {"head.*": bs.Projection(keep=0.5), "": bs.Rows(keep=0.5)})
+    assert torch.equal(call(x), expected)
 
 
 @pytest.mark.fast_cases("stored_rows:keep=0.5")
 @pytest.mark.parametrize("estimator", [bs.Rows(keep=0.5), bs.StoredRows(keep=0.5)], ids=str)
 def test_a_compiled_step_draws_anew_and_a_saved_stream_repeats_it(estimator):
-    model, x = Net(4, 6), images()
+    model, x = small(), images()
     bs.sketch_(model, estimator)
     call = compiled(model)
 
     def gradient() -> Tensor:
-        return torch.autograd.grad(call(x).square().sum(), model.head[0].weight)[0]
+        return torch.autograd.grad(call(x).square().sum(), model[0].weight)[0]
 
     gradient()
     state = bs.get_rng_state()
@@ -166,7 +170,7 @@ def test_a_compiled_step_draws_anew_and_a_saved_stream_repeats_it(estimator):
 
 
 def test_the_global_stream_is_untouched_by_a_compiled_step():
-    model, x = Net(4, 6), images()
+    model, x = small(), images()
     bs.sketch_(model, bs.Projection(keep=0.5))
     call = compiled(model)
     state = torch.get_rng_state()
@@ -174,7 +178,7 @@ def test_the_global_stream_is_untouched_by_a_compiled_step():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.fast_cases("None-rows:keep=0.5", "None-quantized:bits=2")
+@pytest.mark.fast_cases("None-rows:keep=0.5")
 @pytest.mark.parametrize(
     ("dynamic", "estimator"), [*[(None, e) for e in FAMILIES], *[(True, e) for e in KINDS]], ids=str
 )
@@ -278,7 +282,7 @@ def test_exact_works_on_a_compiled_model_and_both_ways_stay_compiled(backend):
 
 
 def test_eval_and_no_grad_bypass_the_sketch_in_a_compiled_model():
-    model, x = Net(4, 6), images()
+    model, x = small(), images()
     bs.sketch_(model, bs.StoredRows(keep=0.5))
     call = compiled(model)
     expected = call(x)
@@ -427,7 +431,7 @@ def test_autocast_gradients_are_unbiased_in_eager(estimator):
 @pytest.mark.fast_cases("projection:keep=0.5")
 @pytest.mark.parametrize("estimator", KINDS[1::2], ids=str)
 def test_autocast_gradients_are_unbiased_compiled(estimator):
-    model = Net(4, 6)
+    model = small()
     bs.sketch_(model, estimator)
     call = torch.compile(autocast(model), fullgraph=True, backend=PARTITIONED)
     check_low_precision(model, call, images(), draws=125)
@@ -504,7 +508,7 @@ def check_accumulation(model: nn.Module, draws: int = 150) -> None:
     assert bool((deviation < 5.5 * error + 1e-5).all()), "the sum is biased"
 
 
-@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2")
+@pytest.mark.fast_cases("rows:keep=0.5", "projection:keep=0.5")
 @every_family
 def test_the_sum_over_micro_batches_is_unbiased(estimator):
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))

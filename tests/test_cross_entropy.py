@@ -167,7 +167,7 @@ class ExactHead(Head):
         return reference(x, self.head.weight, targets, self.head.bias, **form)
 
 
-def check(head: Head, draws: int = 600) -> bs.testing.UnbiasedReport:
+def check(head: Head, draws: int = 200) -> bs.testing.UnbiasedReport:
     plain = ExactHead(False, 1.0, head.head.bias is not None, **head.form)
     if head.head.weight is head.embed.weight:
         plain.head.weight = plain.embed.weight
@@ -216,10 +216,10 @@ def test_zero_inputs_have_gradients_too():
     x, targets = torch.zeros(4, WIDTH, requires_grad=True), torch.arange(4)
     exact = gradients(reference(x, weight, targets, bias), [x, bias])
     total = [torch.zeros_like(g) for g in exact]
-    for _ in range(2000):
+    for _ in range(600):
         found = gradients(linear_cross_entropy(x, weight, targets, bias, keep=0.5), [x, bias])
-        total = [a + b / 2000 for a, b in zip(total, found)]
-    torch.testing.assert_close(total, exact, atol=0.03, rtol=0)
+        total = [a + b / 600 for a, b in zip(total, found)]
+    torch.testing.assert_close(total, exact, atol=0.05, rtol=0)
 
 
 def test_the_scores_are_better_than_uniform_ones(monkeypatch):
@@ -388,6 +388,7 @@ def compiling(test):
 
 
 @compiling
+@pytest.mark.fast_cases("aot_eager_decomp_partition")
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
 def test_compiled_in_one_graph_without_recompiling(backend):
     torch._dynamo.reset()
@@ -406,7 +407,7 @@ def test_compiled_in_one_graph_without_recompiling(backend):
     plain.head.weight = plain.embed.weight
     plain.load_state_dict(head.state_dict())
     plain(tokens, targets).backward()
-    torch.testing.assert_close(total, plain.embed.weight.grad, atol=0.03, rtol=0)
+    torch.testing.assert_close(total, plain.embed.weight.grad, atol=0.05, rtol=0)
     torch._dynamo.reset()
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 import backsketch as bs
 from backsketch import regions
 
-DRAWS = 300
+DRAWS = 120
 EIGHT_BIT = {"0": bs.Int8(), "2": bs.Float8()}
 
 

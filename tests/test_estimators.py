@@ -16,7 +16,7 @@ from backsketch.testing import Moments, _check_directions, _check_entries
 from cases import ESTIMATORS, FAMILIES, LAYERS, Layer, conv, linear
 from mutations import round_to_nearest
 
-DRAWS = 350
+DRAWS = 200
 Z = 6.0
 
 

@@ -110,7 +110,7 @@ def test_gradients_of_the_loss_are_unbiased(rules):
     model, batch, targets = small(depth=1), tokens(4, 6), tokens(4, 6)
     targets[0, :2] = -100
     bs.sketch_(model, rules)
-    bs.testing.check_unbiased(model, batch, targets, draws=250)
+    bs.testing.check_unbiased(model, batch, targets, draws=120)
 
 
 def test_a_head_without_weights_is_noticed(monkeypatch):
@@ -118,7 +118,7 @@ def test_a_head_without_weights_is_noticed(monkeypatch):
     bs.sketch_(model, {"head": bs.Rows(keep=0.3)})
     drop_the_weights(monkeypatch)
     with pytest.raises(AssertionError, match="biased"):
-        bs.testing.check_unbiased(model, tokens(4, 6), tokens(4, 6), draws=250)
+        bs.testing.check_unbiased(model, tokens(4, 6), tokens(4, 6), draws=120)
 
 
 def test_a_sketched_head_stores_no_logits_and_is_exact_where_it_should_be():

@@ -64,7 +64,7 @@ RULES = {
 }
 
 
-@pytest.mark.fast_cases("elements-residual", "mask and rows-residual")
+@pytest.mark.fast_cases("elements-residual", "mask and rows-plain")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("rules", RULES)
 def test_the_joint_column_adds_up_to_the_total(network, rules):
@@ -111,7 +111,7 @@ def test_where_sites_compound_isolated_sums_to_less_and_where_rows_nest_to_more(
     assert [site.growth for site in split.sites] == pytest.approx([1.0] * 4)
 
 
-@pytest.mark.fast_cases("rows:keep=0.4", "columns:keep=0.5")
+@pytest.mark.fast_cases("rows:keep=0.4")
 @pytest.mark.parametrize(
     "sketch",
     [
@@ -172,7 +172,7 @@ def trained(name: str, shape, seed=0) -> tuple[nn.Module, list]:
     return model, [batch() for _ in range(4)]
 
 
-@pytest.mark.fast_cases("rows:keep=0.5-vit")
+@pytest.mark.fast_cases("rows:keep=0.5-mlp")
 @pytest.mark.parametrize(("name", "shape"), [("mlp", (1, 8, 8)), ("vit", (3, 16, 16))])
 @pytest.mark.parametrize(
     "sketch", ["rows:keep=0.5", "columns:keep=0.5", "split:grad_weight=(rows:keep=0.25)"]

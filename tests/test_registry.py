@@ -144,7 +144,7 @@ def test_a_mutation_breaks_the_estimator(estimator, monkeypatch):
     bs.sketch_(layer, estimator)
     mutation_of(estimator)(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        bs.testing.check_unbiased(layer, torch.randn(7, 5), draws=300)
+        bs.testing.check_unbiased(layer, torch.randn(7, 5), draws=120)
 
 
 @pytest.mark.parametrize("kind", ADAPTED, ids=lambda kind: kind.__name__)
@@ -155,8 +155,8 @@ def test_a_layer_kind_is_unbiased_and_its_mutation_noticed(kind, monkeypatch):
         module = build()
         bs.sketch_(module, bs.Rows(keep=0.5))
         if not mutated:
-            bs.testing.check_unbiased(module, *inputs(), draws=300)
+            bs.testing.check_unbiased(module, *inputs(), draws=120)
             continue
         mutation_of(bs.Rows(keep=0.5))(monkeypatch)
         with pytest.raises(AssertionError, match="is biased"):
-            bs.testing.check_unbiased(module, *inputs(), draws=300)
+            bs.testing.check_unbiased(module, *inputs(), draws=120)

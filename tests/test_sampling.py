@@ -21,7 +21,7 @@ from backsketch.sampling import (
 )
 from backsketch.sampling.stream import mix
 
-DRAWS = 20_000
+DRAWS = 5_000
 
 
 @st.composite
@@ -112,7 +112,7 @@ def test_designs_have_exactly_these_inclusion_probabilities(design, block):
     assert bool(((frequency - pi).abs() <= 4.5 * error + 1e-9).all())
     # Horvitz-Thompson: E[z / pi] = 1 for every row that can be drawn.
     drawable = pi > 0
-    assert torch.allclose(weight[drawable], torch.ones(int(drawable.sum())), atol=0.2)
+    assert torch.allclose(weight[drawable], torch.ones(int(drawable.sum())), atol=0.4)
     # The mutation: frequencies against the probabilities of the neighbouring row are far out.
     assert bool(((frequency - pi.roll(1)).abs() > 4.5 * error + 1e-9).any())
 

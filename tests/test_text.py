@@ -223,6 +223,7 @@ def run(text: str, out: Path, **more) -> dict:
     return train(options_of(text, **more), out=out, console=quiet())
 
 
+@pytest.mark.pictures
 def test_it_learns_and_says_so(text, tmp_path):
     result = run(text, tmp_path / "r", sketch="int8", epochs=16, lr=1e-2, compare=True)
     assert result["test_loss"] < 2.0 < math.log(256)

@@ -185,8 +185,8 @@ def test_the_bound_holds_for_a_sketched_logistic_regression():
     solver.step(lambda: (solver.zero_grad(), (loss := objective(best)).backward(), loss)[-1])
     lowest = float(objective(best.detach()))
     steps, step = 60, 0.5 / smoothness
-    gaps, largest = torch.zeros(60, steps + 1), 0.0
-    for chain in range(60):
+    gaps, largest = torch.zeros(30, steps + 1), 0.0
+    for chain in range(30):
         w = torch.zeros(1, 6, dtype=torch.float64, requires_grad=True)
         for t in range(steps + 1):
             gaps[chain, t] = float(objective(w.detach())) - lowest
@@ -196,7 +196,7 @@ def test_the_bound_holds_for_a_sketched_logistic_regression():
             (gradient,) = torch.autograd.grad(objective(w, sketch), w)
             w = (w.detach() - step * gradient).requires_grad_()
     n, mean = Noise(0.0, largest), gaps.mean(0)
-    errors = gaps.std(0) / 60**0.5
+    errors = gaps.std(0) / 30**0.5
     for t in range(steps + 1):
         bound = strongly_convex_bound(t, step, float(gaps[0, 0]), smoothness, reg, n)
         assert float(mean[t] - 5 * errors[t]) <= bound

@@ -416,6 +416,7 @@ class TestTrain:
         *("config", "versions"),
     )
 
+    @pytest.mark.pictures
     def test_compared_run_writes_everything_and_learns(self, tmp_path):
         options = {**SMALL, "epochs": 8, "compare": True, "sketch": "rows:keep=0.5"}
         before = torch.get_rng_state()

@@ -134,6 +134,7 @@ def test_without_measurements_the_stream_and_the_steps_are_the_same(tmp_path):
     assert not same(exact.model, found[0])
 
 
+@pytest.mark.fast_cases("1-gpt2", "2-bert")
 @pytest.mark.parametrize("build", [gpt2, bert])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_training_that_resumes_is_the_one_that_went_on(tmp_path, build, accumulation):
@@ -201,31 +202,30 @@ def test_evaluation_is_exact_and_draws_nothing(tmp_path):
 
 LOADS = """
 import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert type(model).__name__ == model.config.architectures[0] == "GPT2LMHeadModel", model.config.architectures
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == model.config.architectures[0] == "GPT2LMHeadModel", model.config.architectures
+    print(float(model.eval()(torch.arange(12)[None]).logits.detach().double().square().sum()))
 assert not any(name.startswith("backsketch") for name in sys.modules)
-print(float(model.eval()(torch.arange(12)[None]).logits.detach().double().square().sum()))
 """
 
 
-@pytest.mark.parametrize("sketch", ["int8", "mask:keep=0.5"])
-def test_what_is_saved_loads_without_this_library(tmp_path, sketch):
-    sketch = {"lm_head": sketch} if sketch.startswith("mask") else sketch
-    trainer = made(
-        tmp_path,
-        SketchCallback(sketch, measure=False),
-        save_strategy="steps",
-        save_steps=2,
-        max_steps=2,
-    )
-    trainer.train()
+def test_what_is_saved_loads_without_this_library(tmp_path):
+    expected, folders = [], []
+    for name, sketch in (("products", "int8"), ("mask", {"lm_head": "mask:keep=0.5"})):
+        callback = SketchCallback(sketch, measure=False)
+        saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+        trainer = made(tmp_path / name, callback, **saved)
+        trainer.train()
+        folders.append(str(tmp_path / name / "checkpoint-2"))
+        logits = trainer.model.eval()(torch.arange(12)[None]).logits.detach()
+        expected.append(float(logits.double().square().sum()))
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOADS, str(tmp_path / "checkpoint-2")],
+        [sys.executable, "-W", "ignore", "-c", LOADS, *folders],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-800:]
-    logits = trainer.model.eval()(torch.arange(12)[None]).logits.detach()
-    assert float(run.stdout) == pytest.approx(float(logits.double().square().sum()), rel=1e-6)
+    assert [float(line) for line in run.stdout.split()] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_sketched_model_class_keeps_the_name_that_it_writes(tmp_path):

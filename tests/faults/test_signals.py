@@ -145,6 +145,7 @@ def test_before_the_first_step_sigterm_ends_even_a_process_that_waits_for_anothe
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.pictures
 def test_while_results_are_written_the_run_finishes(tmp_path, monkeypatch):
     write = run.write_json
 
