@@ -1,12 +1,14 @@
-"""Nine families of transformers with random weights: which share of the backward arithmetic a class swap reaches.
+"""Nine families of transformers with random weights: what a class swap and what a captured graph reach.
 
-``python benchmarks/families.py`` writes results/families.json, from which the table of docs/families.md is made.
+``python benchmarks/families.py`` writes results/families.json and ``python benchmarks/families.py --capture``
+results/captured.json, from which the tables of docs/families.md are made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ import transformers as t
 from torch import Tensor, nn
 
 import backsketch as bs
+from backsketch.regions import state_of
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "families.json"
 BATCH, TOKENS, WORDS = 4, 64, 512
@@ -129,18 +132,72 @@ def reached(family: str, sketch: bs.Estimator) -> dict[str, Any]:
     }
 
 
+def built(family: str, **config: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    build, batch = FAMILIES[family]
+    torch.manual_seed(0)
+    model = build().train()
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    return model, batch()
+
+
+def captured(family: str) -> dict[str, Any]:
+    """What one region around a whole model reaches, its loss included, and how many blocks are regions."""
+    model, batch = built(family)
+    before = bs.saved_bytes(model, batch).total
+    bs.sketch_(model, bs.Int8(save=True))
+    swapped = bs.saved_bytes(model, batch).total
+    bs.restore_(model)
+    bs.sketch_(model, bs.Region(keep=1.0, arithmetic="int8", save="int8"))
+    model(**batch).loss.backward()
+    state = state_of(model)
+    share = re.search(r"(\d+)% of its backward products", state.note)
+    return {
+        "status": state.status,
+        "share": int(share[1]) / 100 if share else 0.0,
+        "note": state.note or state.reason,
+        "saved_by_swap": round(swapped / before, 3),
+        "saved": round(bs.saved_bytes(model, batch).total / before, 3),
+        "blocks": blocks(family),
+    }
+
+
+def blocks(family: str) -> dict[str, Any]:
+    """Regions of half the samples around the blocks of a model, ``use_cache`` at its default."""
+    model, batch = built(family)
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    inner = {name for name in lists if any(name.startswith(f"{other}.") for other in lists)}
+    rules = {f"{name}.*": bs.Region(keep=0.5) for name in lists if name not in inner}
+    bs.sketch_(model, rules)
+    for _ in range(2):
+        model(**batch).loss.backward()
+    states = [state_of(m) for m in model.modules() if hasattr(m, "_backsketch")]
+    return {
+        "active": sum(s.status == "active" for s in states),
+        "all": len(states),
+        "reasons": sorted({s.reason for s in states if s.reason}),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sketch", default="rows:keep=0.5")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--capture", action="store_true", help="regions in the place of a class swap"
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="*", default=list(FAMILIES))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    options.out = options.out or OUT.with_stem("captured" if options.capture else OUT.stem)
     found = {}
-    for family in FAMILIES:
-        found[family] = reached(family, bs.parse(options.sketch))
-        print(f"{family:<10}", json.dumps(found[family]))
+    for family in options.only:
+        sketch = bs.parse(options.sketch)
+        found[family] = captured(family) if options.capture else reached(family, sketch)
+        print(f"{family:<10}", json.dumps(found[family]), flush=True)
     versions = {"torch": torch.__version__, "transformers": t.__version__}
-    content = {"sketch": options.sketch, "versions": versions, "families": found}
+    sketch = "regions" if options.capture else options.sketch
+    content = {"sketch": sketch, "versions": versions, "families": found}
     options.out.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -331,8 +331,23 @@ def families() -> str:
     return _markdown(header, rows)
 
 
+def captured() -> str:
+    rows = []
+    for name, found in _load("captured")["families"].items():
+        blocks = found["blocks"]
+        regions = f"{blocks['active']} of {blocks['all']}"
+        reasons = "; ".join(blocks["reasons"]) or found["note"]
+        kept = [f"×{found[key]:.2f}" for key in ("saved_by_swap", "saved")]
+        rows.append([name, f"{100 * found['share']:.0f} %", *kept, regions, reasons])
+    header = [
+        "family", "of the backward arithmetic", "bytes, class swap", "bytes, region", "blocks", "what stays exact"
+    ]  # fmt: skip
+    return _markdown(header, rows)
+
+
 TABLES = {
     "families": families,
+    "captured": captured,
     "controller": controller,
     "auto": auto,
     "planner": planner,

@@ -62,3 +62,26 @@ def test_pieces_are_joined_where_they_fill_a_tensor(
     assert all(map(torch.allclose, found, expected))
     assert left == [CASES[function]]
     assert state_of(model).status == "active", state_of(model).reason
+
+
+class Cache(nn.Module):
+    """Keys join those of earlier calls, of which there are none, and stay behind in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+        cache[0] = torch.cat([cache[0], self.linear(x)], dim=-2)
+        return cache[0].square()
+
+
+def test_an_empty_cache_has_no_rows_to_mix() -> None:
+    model, x = Cache(), torch.randn(6, 3, 12)
+    expected = torch.autograd.grad(model(x, [torch.tensor([])]).sum(), list(model.parameters()))
+    bs.sketch_(model, bs.Region(keep=0.5))
+    cache = [torch.tensor([])]
+    found = torch.autograd.grad(model(x, cache).sum(), list(model.parameters()))
+    assert all(map(torch.allclose, found, expected))
+    assert state_of(model).status == "active", state_of(model).reason
+    assert cache[0].shape == x.shape

@@ -29,6 +29,11 @@ from backsketch.regions.verify import splits_add_up
 
 __all__ = ["KeptBackward", "Program", "RowsApart"]
 
+_NO_ROWS = (
+    "an output has no rows (a loss or a statistic inside the region?): put the region on what comes before, "
+    "or call the model without labels and compute the loss outside"
+)
+
 
 @dataclass(frozen=True)
 class RowsApart:
@@ -80,7 +85,7 @@ def _check_output(proof: Proof, out: Any, row_dims: int) -> None:
         return
     at = proof.layout(out)
     if at is None or at.dim != 0:
-        raise Coupled("an output has no rows (a loss or a statistic inside the region?)")
+        raise Coupled(_NO_ROWS)
     if not _has_lead(proof.rows, value, row_dims):
         raise Coupled(
             f"an output of shape {tuple(value.shape)} does not have the {row_dims} leading "
@@ -202,7 +207,7 @@ class KeptBackward:
         ]
         layouts = [apart.symbols.layout_at(p.meta["val"].shape, 0) for p in cotangents]
         if None in layouts:
-            raise Coupled("an output has no rows (a loss or a statistic inside the region?)")
+            raise Coupled(_NO_ROWS)
         axis = apart.symbols.live[-1]
         saved_layouts = [apart.layouts.get(p.name) for p in saved]
         plain = [_is_plain(apart.symbols, p, apart.layouts.get(p.name)) for p in saved]

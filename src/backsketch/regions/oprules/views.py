@@ -82,7 +82,7 @@ def _select(proof: Proof, node: fx.Node) -> Label:
 @rule("cat", "stack", "concat")
 def _cat(proof: Proof, node: fx.Node) -> Label:
     inputs: Any = node.args[0]
-    parts = [n for n in inputs if ndim(n) > 0]
+    parts = [n for n in inputs if ndim(n) > 0 and not _is_nothing(n)]
     if not any(proof.layout(n) for n in parts):
         return None
     labels = {proof.layout(n) for n in parts}
@@ -97,6 +97,11 @@ def _cat(proof: Proof, node: fx.Node) -> Label:
         return Layout(at.dim + (dim <= at.dim), at.axes)
     refuse_along(node, at, [dim])
     return at
+
+
+def _is_nothing(node: fx.Node) -> bool:
+    """Whether a tensor is the empty list with which caches of keys and values begin."""
+    return list(shape_of(node)) == [0]
 
 
 @rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
