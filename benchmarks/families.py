@@ -190,15 +190,16 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     options.out = options.out or OUT.with_stem("captured" if options.capture else OUT.stem)
-    found = {}
-    for family in options.only:
-        sketch = bs.parse(options.sketch)
-        found[family] = captured(family) if options.capture else reached(family, sketch)
-        print(f"{family:<10}", json.dumps(found[family]), flush=True)
-    versions = {"torch": torch.__version__, "transformers": t.__version__}
     sketch = "regions" if options.capture else options.sketch
-    content = {"sketch": sketch, "versions": versions, "families": found}
-    options.out.write_text(json.dumps(content, indent=2) + "\n")
+    versions = {"torch": torch.__version__, "transformers": t.__version__}
+    found = json.loads(options.out.read_text())["families"] if options.out.exists() else {}
+    for family in options.only:
+        found[family] = (
+            captured(family) if options.capture else reached(family, bs.parse(options.sketch))
+        )
+        print(f"{family:<10}", json.dumps(found[family]), flush=True)
+        content = {"sketch": sketch, "versions": versions, "families": found}
+        options.out.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -103,6 +104,7 @@ def measure(texts: list[str], seconds: float, threads: int) -> list[dict]:
         {
             "sketch": text,
             "threads": threads,
+            "waiting": os.environ.get("OMP_WAIT_POLICY", "default").lower(),
             "step": ratio(text, slice(0, 2)),
             "forward": ratio(text, slice(0, 1)),
             "backward": ratio(text, slice(1, 2)),
@@ -112,6 +114,10 @@ def measure(texts: list[str], seconds: float, threads: int) -> list[dict]:
         }
         for text in texts
     ]
+
+
+def _key(row: dict) -> tuple[int, str, str]:
+    return row["threads"], row["waiting"], row["sketch"]
 
 
 def main() -> None:
@@ -124,9 +130,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = measure(options.sketches, options.seconds, options.threads)
     before = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    new = {(row["sketch"], row["threads"]) for row in rows}
-    kept = [row for row in before if (row["sketch"], row["threads"]) not in new]
-    rows = sorted([*kept, *rows], key=lambda row: (row["threads"], row["sketch"]))
+    new = set(map(_key, rows))
+    rows = sorted([*(row for row in before if _key(row) not in new), *rows], key=_key)
     content = {
         "command": "python benchmarks/functional_vit.py SKETCH ... --threads THREADS",
         "model": f"ViT d {DIM}, {DEPTH} blocks, {(32 // PATCH) ** 2} tokens, batch {BATCH}",

@@ -147,7 +147,10 @@ def functional_vit() -> str:
     rows = []
     for row in _load("functional_vit")["rows"]:
         ratios = [f"×{row[key]:.2f}" for key in ("step", "forward", "backward", "saved")]
-        rows.append([f"`{row['sketch']}`", str(row["threads"]), *ratios])
+        threads = (
+            f"{row['threads']}, passive" if row["waiting"] == "passive" else str(row["threads"])
+        )
+        rows.append([f"`{row['sketch']}`", threads, *ratios])
     header = ["region", "threads", "step", "forward", "backward", "saved bytes"]
     return _markdown(header, rows)
 
@@ -333,10 +336,10 @@ def families() -> str:
 
 def captured() -> str:
     rows = []
-    for name, found in _load("captured")["families"].items():
+    for name, found in sorted(_load("captured")["families"].items()):
         blocks = found["blocks"]
         regions = f"{blocks['active']} of {blocks['all']}"
-        reasons = "; ".join(blocks["reasons"]) or found["note"]
+        reasons = "; ".join([found["note"], *(f"blocks: {r}" for r in blocks["reasons"])])
         kept = [f"×{found[key]:.2f}" for key in ("saved_by_swap", "saved")]
         rows.append([name, f"{100 * found['share']:.0f} %", *kept, regions, reasons])
     header = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -32,6 +33,7 @@ def a_hole(x: Tensor) -> Tensor:
 
 
 CASES = {unbound: 0, halves: 0, overlapping: 2, a_hole: 2}
+LOGGER = logging.getLogger("backsketch.tests")
 PADDED = ("select_backward", "slice_backward")
 
 
@@ -61,6 +63,25 @@ def test_pieces_are_joined_where_they_fill_a_tensor(
     found = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
     assert all(map(torch.allclose, found, expected))
     assert left == [CASES[function]]
+    assert state_of(model).status == "active", state_of(model).reason
+
+
+class Talkative(nn.Module):
+    """As models of transformers whose configuration they do not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOGGER.warning("a loss of another type")
+        return self.linear(x)
+
+
+def test_a_module_that_writes_to_a_log_is_captured() -> None:
+    model = Talkative()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    model(torch.randn(6, 12)).sum().backward()
     assert state_of(model).status == "active", state_of(model).reason
 
 

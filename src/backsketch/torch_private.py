@@ -6,6 +6,7 @@ imported inside the functions here, because it takes seconds that ``import backs
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ __all__ = [
     "is_functorch_wrapped",
     "layout_of",
     "load_compiler",
+    "logging_is_left_out",
     "mark_dynamic",
     "min_cut_partition",
     "pytree",
@@ -244,6 +246,19 @@ def hooks_are_guarded() -> AbstractContextManager[Any]:
     """
     try:
         return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+    except AttributeError:
+        return nullcontext()
+
+
+def logging_is_left_out() -> AbstractContextManager[Any]:
+    """Let Dynamo capture a module that writes to a log, without what it writes.
+
+    Without the setting such a module cannot be captured.
+    """
+    try:
+        before = torch._dynamo.config.ignore_logging_functions
+        methods = {f for f in vars(logging.Logger).values() if callable(f)}
+        return torch._dynamo.config.patch(ignore_logging_functions=before | methods)
     except AttributeError:
         return nullcontext()
 

@@ -17,6 +17,7 @@ from backsketch.regions.state import Runtime, runtime_of
 from backsketch.torch_private import (
     compiler_error,
     hooks_are_guarded,
+    logging_is_left_out,
     mark_dynamic,
     pytree,
     recompile_limit_error,
@@ -137,7 +138,7 @@ def _traced(runner: Runner, this: Call, module: Any, tensors: Sequence[Tensor]) 
         try:
             for t in rowed:
                 mark_dynamic(t, _AXES[len(this.lead)])
-            with hooks_are_guarded():
+            with hooks_are_guarded(), logging_is_left_out():
                 return runner.call(module, *this.inputs)
         finally:
             for t, attributes in zip(rowed, marks):

@@ -51,6 +51,8 @@ _OTHERS = {
     "index_add": (2,),
 }
 """Affine in all arguments but these."""
+_COTANGENT_LATER = {"grouped_mm_fallback_backward": 3}
+"""Vector-Jacobian products whose cotangent is not the first argument (experts in ``transformers``)."""
 
 
 def check_linear(graph: fx.Graph) -> None:
@@ -82,6 +84,8 @@ def _is_affine(name: str, where: set[int]) -> bool:
         return not {1, 2} <= where and -1 not in where
     if name in _OTHERS:
         return not where & {*_OTHERS[name], -1}
+    if name in _COTANGENT_LATER:
+        return where == {_COTANGENT_LATER[name]}
     is_vjp = "_backward" in name and "double_backward" not in name
     return where == {0} and (is_vjp or name in _FIRST)
 

@@ -70,12 +70,19 @@ def _packed_work(node: fx.Node) -> int:
     return _numel(g) * _sizes(stats)[-1]
 
 
+def _experts_work(node: fx.Node) -> int:
+    """Both products of each row with the matrix of its expert, ``(experts, in, out)``."""
+    _, weight, _, g = args_of(node)
+    return 2 * _numel(g) * _sizes(weight)[1]
+
+
 _WORK: dict[str, tuple[str, Callable[[fx.Node], int]]] = {
     "int8_vjps": ("", _packed_work),
     "mm": ("too small or narrow", _matrix_work),
     "addmm": ("sums of products", _matrix_work),
     "bmm": ("batched products", _matrix_work),
     "baddbmm": ("batched products", _matrix_work),
+    "grouped_mm_fallback_backward": ("experts", _experts_work),
     "convolution_backward": ("convolutions that are narrow or transposed", _convolution_work),
 }
 
