@@ -53,7 +53,10 @@ def _command(*arguments: str) -> None:
 
 # --- trainings --------------------------------------------------------------------------------------
 
-COMMON = ("--batch-size=64", "--epochs=4", "--evaluations=2", "--threads=1", "--device=cpu")
+COMMON = (
+    *("--limit-train=832", "--batch-size=64", "--epochs=4"),  # 52 steps
+    *("--evaluations=2", "--threads=1", "--device=cpu"),
+)
 
 
 def _training(
