@@ -200,6 +200,15 @@ def test_a_rule_that_was_not_measured_has_no_prediction(profile):
         profile.predict({"blocks.0.mlp": "region:keep=0.55,row_dims=2"})
 
 
+def test_the_noise_of_dropout_is_not_taken_for_that_of_a_sketch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 10))
+    profile = bs.profile(model, batches((64,), 2, 64), loss_fn, progress=False)
+    rounding = [o for o in profile.sites[0].options if o.family in ("quantized", "int8")]
+    assert rounding
+    assert all(0 < o.variance < 0.05 for o in rounding)
+
+
 def test_a_profile_runs_the_model_no_more_than_it_must(vit, monkeypatch):
     """Once for the sites, four exact passes and one more for the time, three forward passes, one for the bytes."""
     propose(monkeypatch, {})

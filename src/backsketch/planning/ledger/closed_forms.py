@@ -89,9 +89,12 @@ def measured_rows(site: SketchedSite, cotangent: Tensor) -> float:
     """``‖error‖²`` that the next draw of a region or mask puts on this cotangent."""
     assert isinstance(site.sketch, (Region, Mask))
     scores, k = _row_draw(site.sketch, cotangent)
+    design = site.sketch.design
+    block = row_ops.tokens(cotangent.shape[: site.sketch.row_dims])
     if isinstance(site.sketch, Region):
-        sample = sampling.draw_live(scores, site.sketch.keep)
+        sample = sampling.draw_live(scores, site.sketch.keep, design=design, block=block)
     else:
-        sample = sampling.draw(scores, k, sampling.next_seed(cotangent))
+        seed = sampling.next_seed(cotangent)
+        sample = sampling.draw(scores, k, seed, design=design, block=block)
     factors = relative_errors(scores, sample).double()
     return float((factors * scores.double()).square().sum())

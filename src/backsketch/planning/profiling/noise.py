@@ -22,8 +22,9 @@ from backsketch.planning.measure.recorder import Call, Calls
 from backsketch.planning.measure.rows import relative_errors, row_curve
 from backsketch.planning.profiling.families import REFERENCE
 from backsketch.planning.profiling.sites import Site
+from backsketch.regions import Region
 from backsketch.regions.mask import masked_rows
-from backsketch.regions.rows import scores
+from backsketch.regions.rows import scores, tokens
 
 __all__ = ["MASK_REFERENCE", "Noise", "mask_noise", "region_noise"]
 
@@ -90,7 +91,10 @@ def mask_noise(run: Passes, call: Call, number: int) -> float:
 
 def _region_error(cotangents: Sequence[Tensor], row_dims: int) -> list[Tensor]:
     row_scores = scores(cotangents, row_dims)
-    factors = relative_errors(row_scores, sampling.draw_live(row_scores, REFERENCE))
+    design = Region(REFERENCE, row_dims).design
+    block = tokens(cotangents[0].shape[:row_dims])
+    sample = sampling.draw_live(row_scores, REFERENCE, design=design, block=block)
+    factors = relative_errors(row_scores, sample)
     return [
         g * factors.to(g.dtype).view(*g.shape[:row_dims], *[1] * (g.ndim - row_dims))
         for g in cotangents
