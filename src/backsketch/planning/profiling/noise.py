@@ -19,7 +19,7 @@ from backsketch import sampling
 from backsketch.planning.measure.errors import squared_norm
 from backsketch.planning.measure.passes import Passes
 from backsketch.planning.measure.recorder import Call, Calls
-from backsketch.planning.measure.rows import relative_errors, row_curve
+from backsketch.planning.measure.rows import relative_errors
 from backsketch.planning.profiling.families import REFERENCE
 from backsketch.planning.profiling.sites import Site
 from backsketch.regions import Region
@@ -45,41 +45,48 @@ class Noise:
 
 
 def region_noise(run: Passes, calls: Calls, sites: Sequence[Site], number: int) -> dict[str, Noise]:
-    """Of a region at each site in turn, one draw."""
+    """Of a region at each site in turn: one draw of the exact cotangents, one of those with the noise above."""
     regions = [s for s in sites if s.row_dims is not None and calls[s.name][0].cotangents]
     order = sorted(regions, key=lambda s: calls[s.name][-1].turn, reverse=True)
-    cotangents = {s.name: [g for call in calls[s.name] for g in call.cotangents] for s in regions}
-    noisy = {name: list(exact) for name, exact in cotangents.items()}
-    found = {}
-    for i, site in enumerate(order):
+    exact = {s.name: [g for call in calls[s.name] for g in call.cotangents] for s in regions}
+    noisy = {name: list(cotangents) for name, cotangents in exact.items()}
+    count, found = len(run.parameters), {}
+
+    def drawn(site: Site, cotangents: Sequence[Tensor], below: list[GradientEdge]) -> Any:
         run.keys.restart(number, 0)
         run.keys.at(regions.index(site))
-        errors = _errors(calls[site.name], site.row_dims)
         edges = [edge for call in calls[site.name] for edge in call.edges]
-        below = [edge for other in order[i + 1 :] for c in calls[other.name] for edge in c.edges]
-        grads = _down(run, edges, errors, below)
-        count = len(run.parameters)
+        return _down(run, edges, _errors(calls[site.name], cotangents, site.row_dims), below)
+
+    for i, site in enumerate(order):
+        lower = order[i + 1 :]
+        grads = drawn(
+            site, exact[site.name], [e for s in lower for c in calls[s.name] for e in c.edges]
+        )
         rest, arriving = iter(grads[count:]), {}
-        for other in order[i + 1 :]:
+        error = squared_norm(grads[:count])
+        grown = squared_norm(drawn(site, noisy[site.name], [])) if i else error
+        for other in lower:
             parts = [next(rest) for _ in noisy[other.name]]
             arriving[other.name] = squared_norm(parts)
-            noisy[other.name] = [
-                a if b is None else a + b for a, b in zip(noisy[other.name], parts)
-            ]
-        growth = _error(noisy[site.name], site) / max(_error(cotangents[site.name], site), 1e-300)
-        found[site.name] = Noise(squared_norm(grads[:count]), max(growth - 1, 0.0), arriving)
+            pairs = zip(noisy[other.name], parts)
+            noisy[other.name] = [a if b is None else a + b for a, b in pairs]
+        growth = max(grown / max(error, 1e-300) - 1, 0.0)
+        found[site.name] = Noise(error, growth, arriving)
     return found
 
 
-def _error(cotangents: Sequence[Tensor], site: Site) -> float:
-    """Of a draw of their rows, in closed form."""
-    assert site.row_dims is not None
-    return sum(row_curve(scores([g], site.row_dims), (REFERENCE,)).errors[0] for g in cotangents)
-
-
-def _errors(calls: Sequence[Call], row_dims: int | None) -> list[Tensor]:
+def _errors(
+    calls: Sequence[Call], cotangents: Sequence[Tensor], row_dims: int | None
+) -> list[Tensor]:
+    """Of a draw of the rows of each call; the calls' cotangents follow each other."""
     assert row_dims is not None
-    return [e for call in calls for e in _region_error(call.cotangents, row_dims)]
+    rest = iter(cotangents)
+    return [
+        error
+        for call in calls
+        for error in _region_error([next(rest) for _ in call.cotangents], row_dims)
+    ]
 
 
 def mask_noise(run: Passes, call: Call, number: int) -> float:

@@ -110,7 +110,9 @@ class _Twin:
         return self.module(*self.call.args, **self.call.kwargs)
 
     def run(self) -> None:
-        with repeatable(self.module, 0):  # the same dropout as exact: else its noise were the sketch's
+        with repeatable(
+            self.module, 0
+        ):  # the same dropout as exact: else its noise were the sketch's
             self.gradients = rerun(self.module, self.call)
 
     def bytes(self) -> int:
