@@ -348,7 +348,20 @@ def captured() -> str:
     return _markdown(header, rows)
 
 
+def compile_time() -> str:
+    found = {(row["model"], row["sketch"]): row for row in _load("compile_time")["rows"]}
+    rows = []
+    for (model, sketch), row in found.items():
+        exact = found[model, "exact"]
+        ratios = [f"×{row[key] / exact[key]:.2f}" for key in ("processor_s", "first_s")]
+        values = [f"{exact['processor_s']:.0f} s", f"{exact['first_s']:.0f} s"]
+        is_exact = sketch == "exact"
+        rows.append([row["what"] if is_exact else "", sketch, *(values if is_exact else ratios)])
+    return _markdown(["model", "sketch", "first step, processor", "first step, clock"], rows)
+
+
 TABLES = {
+    "compile_time": compile_time,
     "families": families,
     "captured": captured,
     "controller": controller,

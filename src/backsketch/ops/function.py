@@ -11,6 +11,7 @@ from torch.autograd import Function
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.estimators.base import Gradients
 from backsketch.ops.double_backward import without_double_backward
+from backsketch.ops.opaque import OPAQUE
 from backsketch.sampling import next_seed
 from backsketch.torch_private import same_but_no_view, transforms_are_active
 
@@ -124,6 +125,11 @@ def _vjp(
 ) -> Gradients:
     # As in the forward pass: layers that share a cotangent (a sum of branches) must not share a seed.
     seed = next_seed(cotangent, weight)
+    opaque = OPAQUE.get(type(op)) if torch.compiler.is_compiling() else None
+    if opaque is not None:
+        found = opaque(estimator, input_shape, needed, cotangent, weight, stored, seed)
+        if found is not None:
+            return found
     below, at_weight, at_bias = estimator.vjps(op, op.rows(cotangent), weight, stored, seed, needed)
     return (
         None if below is None else op.unrows(below, input_shape),

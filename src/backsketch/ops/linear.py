@@ -13,6 +13,7 @@ from backsketch import products
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
+from backsketch.ops.opaque import OPAQUE, OpaqueVJP
 from backsketch.products import Packed, Source
 from backsketch.theory import variance
 
@@ -106,6 +107,7 @@ class TransposedLinear(Linear):
 
 
 _LINEAR, _TRANSPOSED = Linear(), TransposedLinear()
+OPAQUE[Linear] = OPAQUE[TransposedLinear] = OpaqueVJP("linear_vjps", _LINEAR)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, sketch: Estimator) -> Tensor:

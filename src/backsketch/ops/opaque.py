@@ -1,0 +1,132 @@
+"""The backward pass of a layer as one operator that a compiler does not look into.
+
+Compiled code that spells a sketch out (scores, draws, gathers) takes seconds of tracing and compilation for each
+layer, and is no faster than the kernels that eager code uses. As one operator it costs next to nothing to compile,
+whatever the sketch, and layers of all shapes share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backsketch.estimators import Bilinear, Estimator, parse
+from backsketch.estimators.base import Gradients, registered
+from backsketch.sampling import operator
+from backsketch.torch_private import traced_as_constant
+
+__all__ = ["OPAQUE", "OpaqueVJP"]
+
+Needed = tuple[bool, bool, bool]
+OPAQUE: dict[type[Bilinear], OpaqueVJP] = {}  # the kinds of layers that have one
+
+
+class OpaqueVJP:
+    """Calls ``estimator.vjps`` of one kind of layer, in code that is being compiled.
+
+    The estimator goes into the operator as its text, so that compiled code may be cached on disk.
+
+    Args:
+        name: of the operator.
+        op: the kind of layer, with a weight whose gradient has its shape and contiguous gradients.
+    """
+
+    def __init__(self, name: str, op: Bilinear) -> None:
+        self._op = op
+        self._operator = operator(
+            f"{name}(Tensor cotangent, Tensor weight, Tensor[] stored, Tensor seed, SymInt[] shape, str sketch,"
+            " bool[] needed) -> Tensor[]",
+            self._compute,
+            _fake,
+            _over_samples(lambda *args: self._operator(*args)),
+        )
+
+    def __call__(
+        self,
+        estimator: Estimator,
+        shape: tuple[int, ...],
+        needed: Needed,
+        cotangent: Tensor,
+        weight: Tensor,
+        stored: Sequence[Tensor],
+        seed: Tensor,
+    ) -> Gradients | None:
+        """Gradients of the input of this ``shape``, the weight and the bias.
+
+        None where no text describes the estimator, such as one of a class that is not registered.
+        """
+        text = _text(estimator)
+        if text is None:
+            return None
+        found = iter(self._operator(cotangent, weight, stored, seed, shape, text, needed))
+        below, at_weight, at_bias = (next(found) if wanted else None for wanted in needed)
+        return below, at_weight, at_bias
+
+    def _compute(
+        self,
+        cotangent: Tensor,
+        weight: Tensor,
+        stored: list[Tensor],
+        seed: Tensor,
+        shape: list[int],
+        sketch: str,
+        needed: list[bool],
+    ) -> list[Tensor]:
+        op, (for_x, for_weight, for_bias) = self._op, needed
+        below, at_weight, at_bias = _parsed(sketch).vjps(
+            op, op.rows(cotangent), weight, tuple(stored), seed, (for_x, for_weight, for_bias)
+        )
+        below = None if below is None else op.unrows(below, tuple(shape))
+        # What the compiled code was told to expect.
+        found = (g for g in (below, at_weight, at_bias) if g is not None)
+        return [g.to(cotangent.dtype).contiguous() for g in found]
+
+
+def _fake(
+    cotangent: Tensor,
+    weight: Tensor,
+    stored: list[Tensor],
+    seed: Tensor,
+    shape: list[int],
+    sketch: str,
+    needed: list[bool],
+) -> list[Tensor]:
+    shapes = (shape, weight.shape, weight.shape[:1])
+    return [cotangent.new_empty(s) for s, wanted in zip(shapes, needed) if wanted]
+
+
+def _over_samples(call: Callable[..., list[Tensor]]) -> Callable[..., Any]:
+    """The rule of ``torch.func.vmap``: a loop."""
+
+    def at(argument: Any, dim: Any, i: int) -> Any:
+        if isinstance(dim, list | tuple):
+            return [at(a, d, i) for a, d in zip(argument, dim)]
+        return argument if dim is None else argument.select(dim, i)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+        results = [
+            call(*(at(a, dim, i) for a, dim in zip(args, in_dims))) for i in range(info.batch_size)
+        ]
+        return [torch.stack(part) for part in zip(*results)], [0] * len(results[0])
+
+    return rule
+
+
+@lru_cache
+def _parsed(text: str) -> Estimator:
+    sketch = parse(text)
+    assert isinstance(sketch, Estimator)
+    return sketch
+
+
+@traced_as_constant
+def _text(estimator: Estimator) -> str | None:
+    """The text from which :func:`parse` makes an equal estimator, if there is one."""
+    if registered().get(getattr(estimator, "name", "")) is not type(estimator):
+        return None
+    text = str(estimator)
+    return text if parse(text) == estimator else None
