@@ -410,6 +410,8 @@ MISTAKES = [
     ("--data good.txt --init nowhere", "there is no checkpoint nowhere/checkpoint.pt"),
     ("--data good.txt --model hf:nowhere.json", "there is no model 'nowhere.json'"),
     ("--data good.txt --model hf", "there is no model ''"),
+    ("--data good.txt --model hf:broken", "cannot make the model hf:broken"),
+    ("--data good.txt --model mlp", "good.txt is a file, and images are read from a folder"),
 ]
 
 
@@ -425,11 +427,15 @@ def test_mistakes_get_one_sentence_and_leave_nothing_behind(
     Path("binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(128, 256)))
     Path("zero.txt").write_bytes(b"abc\0def" * 100)
     Path("numbers.csv").write_text("a,b\n1,2\n3,4\n")
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+    Path("broken/model.safetensors").write_bytes(b"no weights")
+    before = set(tmp_path.rglob("*"))
     done = invoke(*arguments.split())
     assert done.exit_code == 2, done.output
     assert message in " ".join(done.output.replace("│", " ").split())
     assert "Traceback" not in done.output
-    assert not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("result.json"))
+    assert set(tmp_path.rglob("*")) - before <= {tmp_path / "runs"}
 
 
 def test_weights_of_another_vocabulary_or_model_are_refused(text, tmp_path):

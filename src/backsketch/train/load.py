@@ -82,6 +82,10 @@ def load_splits(
     looks_local = name.startswith((".", "~", os.sep)) or name.count("/") > 1
     if looks_local and not folder.exists():
         raise TrainError(f"the data folder {name} does not exist")
+    if folder.is_file() and files is None:
+        raise TrainError(
+            f"{name} is a file, and images are read from a folder or a dataset; for text say --model gpt"
+        )
     if folder.is_dir() and not any(folder.iterdir()):
         raise TrainError(f"the data folder {name} is empty")
     is_local = folder.exists() or files is not None

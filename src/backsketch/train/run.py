@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from backsketch.files import make_folder, only_one, write_whole
+from backsketch.files import LOCK, make_folder, only_one, write_whole
 from backsketch.train.auto import AUTO
 from backsketch.train.checkpoint import load_checkpoint
 from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, parse_rules, resolve
@@ -87,6 +88,8 @@ def _train(
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     main = accelerator.is_main_process
     with ExitStack() as stack:
+        if main and not out.exists():
+            stack.callback(_forget, out)  # after the lock is given back
         if main:
             make_folder(out)
             stack.enter_context(only_one(out, "training"))
@@ -103,6 +106,12 @@ def _train(
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return result
+
+
+def _forget(out: Path) -> None:
+    """Remove a folder that was made for a run which could not begin."""
+    if out.is_dir() and {path.name for path in out.iterdir()} <= {LOCK, FILE}:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def default_folder(options: Mapping[str, Any]) -> Path:
