@@ -41,6 +41,8 @@ ARMS = {
 LORA_ARMS = {
     "int8 at frozen layers": '{"*.base_layer": "int8"}',
     "int8 at frozen layers and head": '{"*.base_layer": "int8", "*.head": "int8"}',
+    "int8, rows 0.5 at frozen layers": '{"*.base_layer": "int8:sketch=(rows:keep=0.5)", "*.head": "int8"}',
+    "regions in int8 at blocks": '{"*.blocks.?": "region:keep=1.0,arithmetic=int8", "*.head": "int8"}',
 }
 
 
