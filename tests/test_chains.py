@@ -81,7 +81,7 @@ def test_rounding_that_goes_down_too_often_is_noticed(name, monkeypatch):
     _, other, x = sketched(name)
     halve_the_dither(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        bs.testing.check_unbiased(other, x, draws=800)
+        bs.testing.check_unbiased(other, x, draws=500)
 
 
 @pytest.mark.fast_cases("rms norm")
@@ -91,7 +91,7 @@ def test_one_rounding_instead_of_two_is_noticed(name, monkeypatch):
     _, other, x = sketched(name, bs.Quantized(bits=1, group_size=8))
     one_rounding_for_both(monkeypatch)
     with pytest.raises(AssertionError, match="is biased"):
-        bs.testing.check_unbiased(other, x, draws=1200)
+        bs.testing.check_unbiased(other, x, draws=600)
 
 
 @pytest.mark.slow

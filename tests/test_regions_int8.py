@@ -81,8 +81,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], bs.Region]
         bs.Region(keep=1.0, mode="recompute", arithmetic="int8"),
     ),
     "kept rows": (
-        ViT,
-        lambda: torch.randn(6, 1, 8, 8),
+        lambda: Block(8, 2),
+        lambda: torch.randn(6, 4, 8),
         bs.Region(keep=0.5, arithmetic="int8"),
     ),
     "kept rows, recomputed": (

@@ -97,6 +97,7 @@ class Logits(nn.Module):
         return self.model(**self.batch).logits
 
 
+@pytest.mark.fast_cases("vit")
 @every_model
 def test_gradients_of_all_parameters_are_unbiased(kind):
     model, batch = MODELS[kind]()

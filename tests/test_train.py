@@ -219,7 +219,7 @@ class TestResume:
         ("vit", {"dim": 32, "depth": 1, "dropout": 0.2}, "none", {"precision": "bf16"}),
     )
 
-    @pytest.mark.fast_cases("between epochs", "mlp", "vit")
+    @pytest.mark.fast_cases("mlp", "vit")
     @pytest.mark.parametrize(("model", "options", "sketch", "extra"), CASES)
     @pytest.mark.parametrize("stop_at", [4, 6], ids=["between epochs", "within an epoch"])
     def test_a_stopped_run_ends_with_the_same_weights(
