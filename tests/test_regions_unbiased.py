@@ -77,7 +77,7 @@ CASES = {
     "mask above": (ViT, lambda: [images(shape=IMAGE)], {"": Mask(0.5), "blocks.0": Region(0.5)}),
 }
 
-FAST = [c for c in CASES if c not in ("branches", "vit", "token dropout", "gpt block")]
+FAST = [c for c in CASES if c not in ("branches", "vit", "dropout", "gpt block")]
 
 
 def with_mode(rules: dict[str, Region | Mask], mode: str) -> dict[str, Region | Mask]:
