@@ -89,6 +89,7 @@ def draw(content: dict[str, Any], out: Path) -> None:
         for arm, result in found.get(family, {}).items():
             width, style = (3.5, "-") if arm == "exact" else (1.2, "--" if arm == "auto" else "-")
             axis.plot(result["loss"], style, color=colours.get(arm), linewidth=width, label=arm)
+        axis.set_visible(family in found)
         axis.set_title(family, fontsize=10)
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=8, frameon=False)
