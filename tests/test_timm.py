@@ -78,7 +78,7 @@ def timm():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.fast_cases("resnet18", "swin_tiny")
+@pytest.mark.fast_cases("resnet18", "swin_tiny_patch4_window7_224")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_sketched_by_name_trains_and_comes_back(timm, name):
     torch.manual_seed(0)
