@@ -107,6 +107,9 @@ def test_conv2d(case, batched):
     {"padding": 1}, {"padding": (2, 1), "stride": 2}, {"padding": "same"},
     {"padding": "same", "dilation": (1, 2), "groups": 2}, {"padding": "valid"},
 ], ids=str)  # fmt: skip
+@pytest.mark.filterwarnings(
+    "ignore:Using padding=.same."
+)  # once a process, wherever it comes first
 def test_conv2d_padding_modes(mode, options):
     kernel = (2, 3) if options["padding"] == "same" else 3  # an odd total, too
     layer = nn.Conv2d(4, 8, kernel, padding_mode=mode, **options)

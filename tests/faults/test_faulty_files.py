@@ -88,6 +88,7 @@ def nearly_full(limit: int) -> Iterator[None]:
 
 
 class TestFullDisk:
+    @pytest.mark.pictures  # the largest file of a run that was over
     def test_the_earlier_checkpoint_stays_and_no_partial_one_is_left(self):
         assert invoke("train", *QUICK, "--out", "out").exit_code == 0
         before = Path("out/checkpoint.pt").read_bytes()

@@ -104,14 +104,27 @@ def _rebuild(
 def swap_(module: nn.Module, mixin: type[Swapped], sketch: Sketch) -> None:
     """Turn ``module`` into a sketched one, in place."""
     assert not is_swapped(module)
-    module.__dict__[_SKETCH] = sketch
+    module.__dict__[_SKETCH] = _one_object(sketch)
     module.__class__ = _swapped_class(mixin, type(module))
 
 
 def resketch_(module: nn.Module, sketch: Sketch) -> None:
     """Give a swapped module another sketch of the same kind; nothing is proven or captured again."""
     assert isinstance(module, Swapped)
-    module.__dict__[_SKETCH] = sketch
+    module.__dict__[_SKETCH] = _one_object(sketch)
+
+
+def _one_object(sketch: Sketch) -> Sketch:
+    """The first of all equal sketches: code is compiled anew for each object."""
+    try:
+        return _first_of(sketch)
+    except TypeError:  # of a class that cannot be hashed
+        return sketch
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_of(sketch: Sketch) -> Sketch:
+    return sketch
 
 
 def unswap_(module: nn.Module) -> None:
