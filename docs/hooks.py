@@ -16,7 +16,7 @@ LINK = re.compile(
 
 def on_files(files: Any, config: Any) -> Any:
     """Put the committed figures beside the pages."""
-    for picture in sorted((ROOT / "results").glob("*/*.png")):
+    for picture in sorted((ROOT / "results").rglob("*.png")):
         path = picture.relative_to(ROOT).as_posix()
         files.append(File.generated(config, path, abs_src_path=str(picture)))
     return files

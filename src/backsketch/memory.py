@@ -86,7 +86,8 @@ def saved_bytes(model: nn.Module, *inputs: Any, **options: Any) -> SavedBytes:
 
     Args:
         model: any module, in the mode that it is in; compiled modules are one entry.
-        *inputs, **options: arguments of its forward pass; a batch that is a dictionary may be given as it is.
+        *inputs: arguments of its forward pass; a batch that is a dictionary may be given as it is.
+        **options: its keyword arguments.
 
     Returns:
         :class:`SavedBytes`. Buffers, gradients and random streams are left as they were.
@@ -198,8 +199,9 @@ def peak_bytes(model: nn.Module, *inputs: Any, **options: Any) -> int | None:
 
     Args:
         model: any module. Gradients are put back as they were, and so is what :func:`saved_bytes` puts back.
-        *inputs, **options: arguments of its forward pass; the backward pass starts from its loss, where the
+        *inputs: arguments of its forward pass; the backward pass starts from its loss, where the
             model returns one by name, else from ones in all outputs.
+        **options: its keyword arguments.
 
     Returns:
         Bytes, or None where the operating system does not tell.

@@ -137,7 +137,8 @@ class Report:
 
         Args:
             model: the model that the report is of, in training mode.
-            *inputs, **options: arguments of its forward pass; a batch that is a dictionary may be given as it is.
+            *inputs: arguments of its forward pass; a batch that is a dictionary may be given as it is.
+            **options: its keyword arguments.
 
         Returns:
             This report.
