@@ -59,18 +59,10 @@ class _PlainLayer(Function):
     """The layer outside of compilers and function transforms."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        op: Bilinear,
-        estimator: Estimator,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *stored: Tensor,
-    ) -> Tensor:
-        ctx.op, ctx.estimator, ctx.input_shape = op, estimator, x.shape
-        ctx.save_for_backward(weight, *stored)
-        y = op.forward(x, weight, bias)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        op, _, x, weight, bias, *_ = arguments
+        y: Tensor = op.forward(x, weight, bias)
+        _SketchedLayer.setup_context(ctx, arguments, y)
         return as_own_tensor(y) if y._is_view() else y
 
     @staticmethod
