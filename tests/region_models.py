@@ -101,6 +101,21 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+class Fourier(nn.Module):
+    """Tokens mixed as in FNet, then by a filter on their frequencies."""
+
+    def __init__(self, d: int = 8, tokens: int = 8) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(d, d), nn.LayerNorm(d), nn.Linear(d, 4)
+        self.filter = nn.Parameter(torch.randn(tokens // 2 + 1, d, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.norm(x + torch.fft.fft2(x, norm="ortho").real)
+        frequencies = torch.fft.rfft(x, dim=1) * torch.view_as_complex(self.filter)
+        return self.last(torch.fft.irfft(frequencies, n=x.shape[1], dim=1))
+
+
 class Windows(nn.Module):
     """A Swin-like block over ``(b, 16, d)`` tokens: attention in windows of 4, shifted by 2."""
 

@@ -115,6 +115,10 @@ COUPLED = {
     "softmax over the batch": (lambda x, w: (x * w).softmax(0), "acts along the rows"),
     "cumulative over the batch": (lambda x, w: (x * w).cumsum(0), "acts along the rows"),
     "rolled rows": (lambda x, w: (x * w).roll(1, 0), "acts along the rows"),
+    "frequencies of the batch": (
+        lambda x, w: torch.fft.rfft(x * w, dim=0).real,
+        "acts along the rows",
+    ),
     "gram matrix": (lambda x, w: (x * w) @ x.t(), "multiplies rows with other rows"),
     "attention across samples": (
         lambda x, w: (x @ (x * w).t()).softmax(1) @ x,

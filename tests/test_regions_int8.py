@@ -17,7 +17,7 @@ from backsketch.regions.state import RunsExactly
 from backsketch.regions.structure import Coupled
 from helpers import named_gradients
 from mutations import halve_the_dither_of_products
-from region_models import CNN, GPT, Block, ViT, mlp
+from region_models import CNN, GPT, Block, Fourier, ViT, mlp
 
 EVERY = bs.Region(keep=1.0, arithmetic="int8")
 
@@ -75,6 +75,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], bs.Region]
     ),
     "transposed": (Transposed, lambda: torch.randn(10, 8), EVERY),
     "convolutions": (CNN, lambda: torch.randn(6, 2, 8, 8), EVERY),
+    "fourier": (
+        lambda: Fourier(16),
+        lambda: torch.randn(6, 8, 16),
+        bs.Region(keep=0.5, arithmetic="int8"),
+    ),
     "recomputed": (
         lambda: Block(8, 2, 0.2),
         lambda: torch.randn(5, 4, 8),

@@ -21,6 +21,7 @@ from region_models import (
     Attention,
     Block,
     Feedforward,
+    Fourier,
     TwoTowers,
     ViT,
     Windows,
@@ -64,6 +65,7 @@ CASES = {
     "gpt block": (GPT, lambda: [torch.randint(11, (6, 5))], {"block": Region(0.5)}),
     "group norm": (CNN, lambda: [torch.randn(6, 2, 8, 8)], {"": Region(0.5)}),
     "windows inside": (Windows, lambda: [torch.randn(6, 16, 8)], {"": Region(0.5)}),
+    "fourier": (Fourier, lambda: [torch.randn(6, 8, 8)], {"": Region(0.5)}),
     "two towers": (
         lambda: TwoTowers(False),
         lambda: [torch.randn(6, 6), torch.randn(6, 5)],

@@ -51,6 +51,8 @@ def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
         lacks.append(f"a page: docs/estimators/{name}.md")
     elif f"({name}.md)" not in (PAGES / "README.md").read_text():
         lacks.append("a row in docs/estimators/README.md")
+    if f" estimators/{name}.md" not in (ROOT / "mkdocs.yml").read_text():
+        lacks.append("an entry in mkdocs.yml")
     if getattr(bs, cls.__name__, None) is not cls:
         lacks.append("an export in backsketch/__init__.py")
     if not (cls.__doc__ or "").strip():
@@ -100,6 +102,7 @@ def test_an_unfinished_estimator_is_told_what_it_lacks():
         "a slow twin",
         "a mutation",
         "a page",
+        "an entry in mkdocs.yml",
         "an export in backsketch/__init__.py",
         "a docstring",
     ]

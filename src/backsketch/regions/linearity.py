@@ -28,14 +28,16 @@ __all__ = ["check_linear"]
 
 _VIEWS = (
     "view _unsafe_view reshape flatten unflatten permute transpose t expand unsqueeze squeeze select slice unbind "
-    "split split_with_sizes chunk as_strided movedim diagonal narrow detach alias positive real"
+    "split split_with_sizes chunk as_strided movedim diagonal narrow detach alias positive real view_as_real "
+    "view_as_complex _conj"
 )
 _SUMS = "add sub rsub neg sum mean cumsum sum_to_size"
 _COPIES = (
     "cat stack clone contiguous _to_copy to copy convert_element_type tril triu constant_pad_nd flip roll repeat "
     "slice_scatter select_scatter lift_fresh_copy"
 )
-_AFFINE = frozenset(" ".join([_VIEWS, _SUMS, _COPIES]).split())
+_TRANSFORMS = "_fft_r2c _fft_c2r _fft_c2c"
+_AFFINE = frozenset(" ".join([_VIEWS, _SUMS, _COPIES, _TRANSFORMS]).split())
 _SHAPES = "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty sym_size"
 _SHAPE_ONLY = frozenset(_SHAPES.split())
 _BILINEAR = frozenset({"mul", "mm", "bmm", "mv", "dot"})

@@ -37,6 +37,14 @@ def _along_dim(proof: Proof, node: fx.Node) -> Label:
     return tuple(at for _ in value) if isinstance(value, (tuple, list)) else at
 
 
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def _transform(proof: Proof, node: fx.Node) -> Label:
+    """Fourier transforms along some dimensions."""
+    tensor, at = source(proof, node)
+    refuse_along(node, at, [int(d) % ndim(tensor) for d in arg(node, 1, "dim", ())])
+    return at
+
+
 def _whole(source: fx.Node, node: fx.Node) -> bool:
     return all(a == b for a, b in zip(shape_of(source), shape_of(node)))
 

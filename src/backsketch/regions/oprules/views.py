@@ -8,6 +8,7 @@ from torch import fx
 
 from backsketch.regions.oprules.pointwise import from_right
 from backsketch.regions.oprules.registry import arg, ndim, refuse_along, rule, source
+from backsketch.regions.partition import name_of
 from backsketch.regions.rows import Layout
 from backsketch.regions.structure import Coupled, Label, Proof, describe, shape_of
 
@@ -22,6 +23,15 @@ def _reshape(proof: Proof, node: fx.Node) -> Label:
     if found is None:
         raise Coupled(f"{describe(node)} mixes rows with other dimensions")
     return found
+
+
+@rule("view_as_real", "view_as_complex")
+def _pairs(proof: Proof, node: fx.Node) -> Label:
+    """Complex numbers as pairs along a last dimension, and pairs as complex numbers."""
+    tensor, at = source(proof, node)
+    if name_of(node) == "view_as_complex":
+        refuse_along(node, at, [ndim(tensor) - 1])
+    return at
 
 
 @rule("detach", "alias", "clone", "contiguous", "_to_copy", "to", "lift_fresh_copy", "positive")
