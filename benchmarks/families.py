@@ -23,11 +23,20 @@ from backsketch.regions import state_of
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "families.json"
 BATCH, TOKENS, WORDS = 4, 64, 512
+WIDTH = 128  # of the first stage, where there are several; heads have 32 columns
 TEXT = {"vocab_size": WORDS, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-BERT = {
-    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512,
-}  # fmt: skip
-LLAMA = {**BERT, "num_key_value_heads": 2, "max_position_embeddings": 128}
+
+
+def sizes() -> dict[str, int]:
+    """Of an encoder, as most configurations call them."""
+    return {
+        "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": WIDTH // 32,
+        "intermediate_size": 4 * WIDTH,
+    }  # fmt: skip
+
+
+def decoder_sizes() -> dict[str, int]:
+    return {**sizes(), "num_key_value_heads": WIDTH // 64, "max_position_embeddings": 128}
 
 
 def tokens() -> Tensor:
@@ -49,8 +58,9 @@ def speech() -> dict[str, Tensor]:
 
 def whisper() -> nn.Module:
     config = t.WhisperConfig(
-        **TEXT, decoder_start_token_id=1, d_model=128, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=512, decoder_ffn_dim=512,
+        **TEXT, decoder_start_token_id=1, d_model=WIDTH, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=WIDTH // 32, decoder_attention_heads=WIDTH // 32,
+        encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH,
         max_source_positions=64, max_target_positions=TOKENS,
     )  # fmt: skip
     return t.WhisperForConditionalGeneration(config)
@@ -58,14 +68,21 @@ def whisper() -> nn.Module:
 
 def t5() -> nn.Module:
     config = t.T5Config(
-        **TEXT, d_model=128, d_kv=32, d_ff=512, num_layers=2, num_heads=4, decoder_start_token_id=0
+        **TEXT,
+        d_model=WIDTH,
+        d_kv=32,
+        d_ff=4 * WIDTH,
+        num_layers=2,
+        num_heads=WIDTH // 32,
+        decoder_start_token_id=0,
     )
     return t.T5ForConditionalGeneration(config)
 
 
 def swin() -> nn.Module:
     config = t.SwinConfig(
-        image_size=64, patch_size=4, embed_dim=128, depths=[2, 2], num_heads=[4, 8], window_size=4,
+        image_size=64, patch_size=4, embed_dim=WIDTH, depths=[2, 2],
+        num_heads=[WIDTH // 32, WIDTH // 16], window_size=4,
         num_labels=10,
     )  # fmt: skip
     return t.SwinForImageClassification(config)
@@ -73,32 +90,32 @@ def swin() -> nn.Module:
 
 def convnext() -> nn.Module:
     config = t.ConvNextConfig(
-        image_size=64, hidden_sizes=[128, 256], depths=[2, 2], num_stages=2, num_labels=10
+        image_size=64, hidden_sizes=[WIDTH, 2 * WIDTH], depths=[2, 2], num_stages=2, num_labels=10
     )
     return t.ConvNextForImageClassification(config)
 
 
 def gpt2() -> nn.Module:
-    config = t.GPT2Config(**TEXT, n_embd=128, n_layer=2, n_head=4, n_positions=TOKENS)
+    config = t.GPT2Config(**TEXT, n_embd=WIDTH, n_layer=2, n_head=WIDTH // 32, n_positions=TOKENS)
     return t.GPT2LMHeadModel(config)
 
 
 def vit() -> nn.Module:
     return t.ViTForImageClassification(
-        t.ViTConfig(**BERT, image_size=64, patch_size=8, num_labels=10)
+        t.ViTConfig(**sizes(), image_size=64, patch_size=8, num_labels=10)
     )
 
 
 def mixtral() -> nn.Module:
-    config = t.MixtralConfig(**TEXT, **LLAMA, num_local_experts=4, num_experts_per_tok=2)
+    config = t.MixtralConfig(**TEXT, **decoder_sizes(), num_local_experts=4, num_experts_per_tok=2)
     return t.MixtralForCausalLM(config)
 
 
 Case = tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]
 FAMILIES: dict[str, Case] = {
-    "BERT": (lambda: t.BertForMaskedLM(t.BertConfig(**BERT, vocab_size=WORDS)), text),
+    "BERT": (lambda: t.BertForMaskedLM(t.BertConfig(**sizes(), vocab_size=WORDS)), text),
     "GPT-2": (gpt2, text),
-    "Llama": (lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, **LLAMA)), text),
+    "Llama": (lambda: t.LlamaForCausalLM(t.LlamaConfig(**TEXT, **decoder_sizes())), text),
     "ViT": (vit, pictures),
     "Swin": (swin, pictures),
     "ConvNeXt": (convnext, pictures),

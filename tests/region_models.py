@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -154,3 +155,20 @@ class TwoTowers(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         a, b = self.left(x), self.right(y)
         return a @ b.t() if self.contrast else (a, b)
+
+
+class GroupedExperts(nn.Module):
+    """A mixture of experts as ``transformers`` computes it while it is captured."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        pytest.importorskip("transformers.integrations.moe")  # which registers the operator
+        self.up = nn.Parameter(torch.randn(3, width, 2 * width) / width**0.5)
+        self.down = nn.Parameter(torch.randn(3, 2 * width, width) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One expert gets no row."""
+        product = torch.ops.transformers.grouped_mm_fallback
+        n = x.shape[0]
+        ends = torch.tensor([n // 3, n // 3, n], dtype=torch.int32)
+        return product(torch.tanh(product(x, self.up, ends)), self.down, ends)

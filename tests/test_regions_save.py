@@ -17,7 +17,7 @@ from backsketch.regions import noises, state_of
 from backsketch.regions.structure import Coupled
 from helpers import named_gradients
 from mutations import halve_the_dither, one_rounding_for_both
-from region_models import ViT, mlp
+from region_models import GroupedExperts, ViT, mlp
 
 
 class Functional(nn.Module):
@@ -68,6 +68,25 @@ class Convolutions(nn.Module):
         return self.b(F.relu(self.a(x)))
 
 
+def dropped(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.dropout(F.dropout(x @ a, 0.3) @ b, 0.5)
+
+
+class Normed(nn.Module):
+    """A convolution under a norm of channels."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(4, 8, 3, padding=1), norm, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)))
+
+
+def with_loss(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.cross_entropy((x @ a) @ b, torch.arange(x.shape[0]) % 64)
+
+
 PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "product": (lambda: Functional(lambda x, a, b: (x @ a) @ b.t(), 2), (48, 64)),
     "activations": (lambda: Functional(lambda x, a, b: F.gelu(F.gelu(x @ a) @ b), 2), (48, 64)),
@@ -79,8 +98,18 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention written out": (lambda: Functional(attention, 3), (4, 12, 64)),
     "fused attention": (lambda: Functional(fused_attention, 3), (4, 12, 64)),
     "convolutions": (Convolutions, (6, 4, 8, 8)),
+    "cross entropy": (lambda: Functional(with_loss, 2), (48, 64)),
+    "experts": (lambda: GroupedExperts(16), (90, 16)),
+    "group norm": (lambda: Normed(nn.GroupNorm(8, 8)), (8, 4, 4, 4)),
+    "batch norm": (lambda: Normed(nn.BatchNorm2d(8)), (2, 4, 1, 4)),
     "a gate used twice": (lambda: Functional(twice_gated, 2), (48, 64)),
 }
+
+
+SLOW = {"experts", "batch norm"}
+every_pattern = pytest.mark.parametrize(
+    "name", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PATTERNS]
+)
 
 
 def pattern(name: str, sketch: bs.Region) -> tuple[nn.Module, Tensor]:
@@ -91,7 +120,7 @@ def pattern(name: str, sketch: bs.Region) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(shape)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@every_pattern
 def test_unbiased(name: str) -> None:
     model, x = pattern(name, bs.Region(keep=1.0, save="int4"))
     with bs.exact(model):
@@ -104,7 +133,7 @@ def test_unbiased(name: str) -> None:
     assert max(report.relative_variance.values()) > 1e-6
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@every_pattern
 def test_half_a_dither_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = pattern(name, bs.Region(keep=1.0, save="int4"))
     halve_the_dither(monkeypatch)
@@ -112,8 +141,11 @@ def test_half_a_dither_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         bs.testing.check_unbiased(model, x, draws=300)
 
 
-def test_one_rounding_in_the_place_of_two_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = pattern("norm", bs.Region(keep=1.0, save="int4"))
+@pytest.mark.parametrize("name", ["norm", "group norm", "batch norm"])
+def test_one_rounding_in_the_place_of_two_is_caught(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = pattern(name, bs.Region(keep=1.0, save="int4"))
     one_rounding_for_both(monkeypatch)
     with pytest.raises(AssertionError, match="biased"):
         bs.testing.check_unbiased(model, x, draws=600)
@@ -164,6 +196,26 @@ def test_what_is_needed_as_it_is_stays_so() -> None:
     found = named_gradients(model, model(x).sum())
     assert all(torch.allclose(found[n], g) for n, g in exact.items())
     assert "log_sigmoid_backward" in state_of(model).note
+
+
+def test_masks_of_dropouts_are_bits() -> None:
+    """The gradients are those of the same masks, and a mask is an eighth of a byte an entry."""
+    x = torch.randn(64, 64)
+    models = [Functional(dropped, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    found = []
+    for model, sketched in zip(models, (False, True)):
+        if sketched:
+            bs.sketch_(model, bs.Region(keep=1.0, save="int8"))
+        torch.manual_seed(3)
+        y = model(x)
+        found.append((y, *named_gradients(model, y.sum()).values()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][2], found[1][2]) is False  # its input is rounded
+    assert (found[0][2] - found[1][2]).norm() < 0.01 * found[0][2].norm()
+    note = state_of(models[1]).note
+    assert note.startswith("100% of the bytes it keeps rounded"), note
+    assert bs.saved_bytes(models[1], x).total < 0.4 * bs.saved_bytes(models[0], x).total
 
 
 def graph_of(function: Callable[[fx.Graph, fx.Node, fx.Node, fx.Node], fx.Node]) -> fx.Graph:

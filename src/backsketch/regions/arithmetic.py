@@ -24,10 +24,11 @@ from backsketch.regions.linearity import check_linear
 from backsketch.regions.low_precision import (
     bmm_operator,
     convolution_operator,
+    grouped_operator,
     next_seed_operator,
     vjps_operator,
 )
-from backsketch.regions.partition import args_of, backward_nodes, is_turned
+from backsketch.regions.partition import args_of, backward_nodes, is_turned, name_of
 from backsketch.regions.share import Share, hint, is_worth_it, products_of
 from backsketch.regions.structure import placeholders_of
 
@@ -37,6 +38,7 @@ aten = torch.ops.aten
 _turn = aten.t.default
 _FIRST_STREAM = 2000  # beyond the streams of the draws, and of layers
 _MOST_SLICES = 64
+_EXPERTS = "grouped_mm_fallback_backward"
 
 
 class Rounded(NamedTuple):
@@ -49,10 +51,10 @@ class Rounded(NamedTuple):
 def in_8_bits(module: fx.GraphModule) -> Rounded:
     """A copy of a backward graph whose products with a cotangent are computed from 8-bit operands.
 
-    These are matrix products, also batched ones of a few large matrices, and convolutions. What would be slower
-    stays exact (:func:`~.share.is_worth_it`), and so do fused attention, transposed convolutions and what does not
-    depend on a cotangent (a recomputed forward pass). Each run of the graph draws a fresh seed, and each product
-    has a stream of its own.
+    These are matrix products, also batched ones of a few large matrices and those of experts, and convolutions.
+    What would be slower stays exact (:func:`~.share.is_worth_it`), and so do fused attention, transposed
+    convolutions and what does not depend on a cotangent (a recomputed forward pass). Each run of the graph draws a
+    fresh seed, and each product has a stream of its own.
 
     Raises:
         Coupled: it is not proven that the graph is affine in its cotangents.
@@ -100,6 +102,9 @@ class _Rewriter:
         for node in self._calls(aten.bmm.default):
             if _is_large_batched(node):
                 self._batched(node)
+        for node in list(self.graph.nodes):
+            if name_of(node) == _EXPERTS and _is_worth_grouping(node):
+                self._experts(node)
         below: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         at_weight: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in self._calls(aten.mm.default):
@@ -209,6 +214,14 @@ class _Rewriter:
         node.replace_all_uses_with(new)
         self._erase(node)
 
+    def _experts(self, node: fx.Node) -> None:
+        """Both products of each expert of a mixture."""
+        self.stream += 1
+        with self.graph.inserting_before(node):
+            new = self._call(grouped_operator, *args_of(node), self.seed, self.stream)
+        node.replace_all_uses_with(new)
+        self._erase(node)
+
     def _erase(self, node: fx.Node) -> None:
         self.replaced.add(node)
         self.graph.erase_node(node)
@@ -232,6 +245,13 @@ def _is_worth_convolving(node: fx.Node) -> bool:
     samples, _, *positions = map(hint, args_of(node)[0].meta["val"].shape)
     columns = out // groups * math.prod(kernel)
     return is_worth_it(samples * math.prod(positions), columns, inner)
+
+
+def _is_worth_grouping(node: fx.Node) -> bool:
+    """Whether the matrices of experts are large, each with its share of the rows."""
+    experts, inner, out = map(hint, args_of(node)[1].meta["val"].shape)
+    rows = hint(args_of(node)[0].meta["val"].shape[0])
+    return is_worth_it(rows // experts, out, inner)
 
 
 def _is_large_batched(node: fx.Node) -> bool:

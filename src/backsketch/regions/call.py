@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backsketch.regions.capture import has_rows
 from backsketch.regions.context import Call, run_as
+from backsketch.regions.patience import told_if_slow
 from backsketch.regions.runner import Runner, runner_for
 from backsketch.regions.state import Runtime, runtime_of
 from backsketch.torch_private import (
@@ -124,7 +125,8 @@ def _captured(runner: Runner, this: Call, module: Any, tensors: Sequence[Tensor]
     with warnings.catch_warnings():
         # Dynamo looks for .grad on every tensor it meets, non-leaf ones included.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
-        outputs = run_as(this, _traced, runner, this, module, tensors)
+        with told_if_slow(region.state.name):
+            outputs = run_as(this, _traced, runner, this, module, tensors)
     if not runner.capture.programs:
         region.settle("exact", "torch.compile is switched off, and with it what captures regions")
     return outputs

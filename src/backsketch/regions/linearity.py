@@ -34,7 +34,7 @@ _VIEWS = (
 _SUMS = "add sub rsub neg sum mean cumsum sum_to_size"
 _COPIES = (
     "cat stack clone contiguous _to_copy to copy convert_element_type tril triu constant_pad_nd flip roll repeat "
-    "slice_scatter select_scatter lift_fresh_copy"
+    "slice_scatter select_scatter as_strided_scatter lift_fresh_copy"
 )
 _TRANSFORMS = "_fft_r2c _fft_c2r _fft_c2c"
 _AFFINE = frozenset(" ".join([_VIEWS, _SUMS, _COPIES, _TRANSFORMS]).split())
@@ -42,7 +42,8 @@ _SHAPES = "zeros_like ones_like full_like empty_like new_zeros new_ones new_full
 _SHAPE_ONLY = frozenset(_SHAPES.split())
 _BILINEAR = frozenset({"mul", "mm", "bmm", "mv", "dot"})
 _SUMS_OF_PRODUCTS = frozenset({"addmm", "baddbmm", "addmv"})
-_OURS = frozenset({"times", "masked", "saved_mm", "saved_layer_norm", "int8_vjps"})
+_NORMS = {"saved_layer_norm", "saved_group_norm", "saved_batch_norm"}
+_OURS = frozenset({"times", "masked", "saved_mm", "int8_vjps", *_NORMS})
 _FIRST = _OURS | {"div", "masked_fill", "index", "gather", "index_select"}
 """Affine in the first argument alone; the others choose, scale or index."""
 _OTHERS = {

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from backsketch import products, sampling
+from backsketch.ops.norm import BatchNorm, ChannelNorm, GroupNorm
 from backsketch.products import Geometry
 from backsketch.rounding import Rounding
+from backsketch.torch_private import layout_of
 
 __all__ = [
     "GROUP",
+    "MASK_BLOCK",
     "PACKERS",
     "bmm_operator",
     "convolution_operator",
+    "grouped_operator",
     "mask_operator",
     "masked_operator",
     "next_seed_operator",
@@ -23,6 +27,8 @@ __all__ = [
     "pack_slope_operator",
     "product_pack_operator",
     "restore_operator",
+    "saved_batch_norm_operator",
+    "saved_group_norm_operator",
     "saved_layer_norm_operator",
     "saved_mm_operator",
     "times_operator",
@@ -30,6 +36,7 @@ __all__ = [
 ]
 
 GROUP = 64  # entries that share a scale
+MASK_BLOCK = 512  # entries of a mask that are packed together
 vjps_operator = torch.ops.backsketch.int8_vjps.default
 next_seed_operator = torch.ops.backsketch.next_seed.default
 _SLICE = 1 << 20  # streams of two slices of a batched product are that far apart
@@ -103,6 +110,28 @@ def _bmm_fake(a: Tensor, b: Tensor, by_row: bool, seed: Tensor, stream: int) -> 
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
+def _grouped(
+    x: Tensor, weight: Tensor, ends: Tensor, g: Tensor, seed: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    """Both products of rows that are sorted by expert, whose weights are ``(experts, in, out)``."""
+    below, at_weight = torch.zeros_like(x), torch.zeros_like(weight)
+    start = 0
+    for i, end in enumerate(ends.tolist()):
+        if start < end:
+            rows, own = slice(start, end), stream + i * _SLICE
+            first, second, _ = vjps_operator(
+                g[rows], x[rows], weight[i].t(), None, None, seed, own, False
+            )
+            below[rows], at_weight[i], start = first, second.t(), end
+    return below, at_weight
+
+
+def _grouped_fake(
+    x: Tensor, weight: Tensor, ends: Tensor, g: Tensor, seed: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
 convolution_operator = sampling.operator(
     "int8_convolution_vjps(Tensor g, Tensor x, Tensor weight, Tensor seed, int stream, int[] stride,"
     " int[] padding, int[] dilation, int groups, bool[] wanted) -> (Tensor, Tensor)",
@@ -111,6 +140,12 @@ convolution_operator = sampling.operator(
 )
 bmm_operator = sampling.operator(
     "int8_bmm(Tensor a, Tensor b, bool by_row, Tensor seed, int stream) -> Tensor", _bmm, _bmm_fake
+)
+grouped_operator = sampling.operator(
+    "int8_grouped(Tensor x, Tensor weight, Tensor ends, Tensor g, Tensor seed, int stream)"
+    " -> (Tensor, Tensor)",
+    _grouped,
+    _grouped_fake,
 )
 
 
@@ -167,6 +202,39 @@ def _saved_layer_norm_fake(
     return g.new_empty(g.shape), g.new_empty(shape), g.new_empty(shape)
 
 
+def _saved_channel_norm(
+    norm: ChannelNorm, g: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, codes: Tensor,
+    scales: Tensor, bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of input, weight and bias of a norm of channels, from two roundings of its input."""
+    wide = scales.dtype
+    w = None if weight is None else weight.to(wide)
+    below, at_weight, at_bias = norm.vjp(
+        Rounding(bits, GROUP), g.to(wide), w, mean.to(wide), rstd.to(wide), (codes, scales)
+    )
+    below = below.view(g.shape).to(g.dtype).contiguous(memory_format=layout_of(g))
+    return below, at_weight.to(g.dtype), at_bias.to(g.dtype)
+
+
+def _saved_channel_norm_fake(g: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(g), g.new_empty(g.shape[1]), g.new_empty(g.shape[1])
+
+
+def _saved_group_norm(
+    g: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, codes: Tensor, scales: Tensor,
+    groups: int, bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    norm = GroupNorm(groups, 0.0)
+    return _saved_channel_norm(norm, g, weight, mean, rstd, codes, scales, bits)
+
+
+def _saved_batch_norm(
+    g: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, codes: Tensor, scales: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _saved_channel_norm(BatchNorm(0.0, 0.0), g, weight, mean, rstd, codes, scales, bits)
+
+
 restore_operator = sampling.operator(
     "saved_restore(Tensor codes, Tensor scales, SymInt[] shape, int bits) -> Tensor",
     _restored,
@@ -182,4 +250,15 @@ saved_layer_norm_operator = sampling.operator(
     " int bits) -> (Tensor, Tensor, Tensor)",
     _saved_layer_norm,
     _saved_layer_norm_fake,
+)
+_CHANNEL_NORM = "Tensor g, Tensor? weight, Tensor mean, Tensor rstd, Tensor codes, Tensor scales"
+saved_group_norm_operator = sampling.operator(
+    f"saved_group_norm({_CHANNEL_NORM}, int groups, int bits) -> (Tensor, Tensor, Tensor)",
+    _saved_group_norm,
+    _saved_channel_norm_fake,
+)
+saved_batch_norm_operator = sampling.operator(
+    f"saved_batch_norm({_CHANNEL_NORM}, int bits) -> (Tensor, Tensor, Tensor)",
+    _saved_batch_norm,
+    _saved_channel_norm_fake,
 )

@@ -33,6 +33,8 @@ _MULTIPLIES = {
     low.times_operator: 1,
     low.saved_mm_operator: 1,
     low.saved_layer_norm_operator: 4,
+    low.saved_group_norm_operator: 4,
+    low.saved_batch_norm_operator: 4,
     low.vjps_operator: 3,
 }
 """Operators that multiply their first argument by a rounded tensor, and where its codes are."""
@@ -42,7 +44,7 @@ _STREAM = {
     low.product_pack_operator: (1, 2),
 }
 """Operators that round, and where their seed and stream are."""
-_BILINEAR = frozenset({"mul", "mm", "bmm", "convolution_backward"})
+_BILINEAR = frozenset({"mul", "mm", "bmm", "convolution_backward", "grouped_mm_fallback_backward"})
 _ARRANGES = frozenset(
     {"view", "t", "permute", "transpose", "reshape", "_unsafe_view", "convert_element_type"}
 )

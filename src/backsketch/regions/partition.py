@@ -58,10 +58,15 @@ def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 class Repeat:
-    """Copies forward nodes in front of their first backward reader."""
+    """Copies forward nodes in front of their first backward reader.
 
-    def __init__(self, graph: fx.Graph, repeatable: Callable[[fx.Node], bool]) -> None:
-        self.graph, self.repeatable = graph, repeatable
+    ``with_dropout`` computes the outputs of dropouts again from their inputs and masks.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, repeatable: Callable[[fx.Node], bool], with_dropout: bool = False
+    ) -> None:
+        self.graph, self.repeatable, self.with_dropout = graph, repeatable, with_dropout
         self.backward = backward_nodes(graph)
         self.copies: dict[fx.Node, fx.Node] = {}
 
@@ -83,7 +88,7 @@ class Repeat:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if not self.repeatable(node):
-            return _replayed_dropout(self, node) or node
+            return (self.with_dropout and _replayed_dropout(self, node)) or node
         copy = self.graph.node_copy(node, self._read)
         copy.meta = {k: v for k, v in node.meta.items() if k != "partitioner_tag"}
         copy.meta["partitioner_tag"] = "is_backward"
@@ -110,11 +115,17 @@ def _dropped(graph: fx.Graph, node: fx.Node, x: fx.Node, mask: fx.Node, p: Any) 
     """
     value = node.meta["val"]
     if value.device.type != "cpu":
-        args = (x, mask, 0.0 if p == 1 else 1 / (1 - p))
+        args = (x, mask, dropout_scale(p, value))
         return _like(graph, node, aten.native_dropout_backward.default, args)
-    scale = 0.0 if p == 1 else _eager_quotient(1 - p, value.dtype)
     kept = _like(graph, node, aten.mul.Tensor, (x, mask))
-    return _like(graph, node, aten.mul.Tensor, (kept, scale))
+    return _like(graph, node, aten.mul.Tensor, (kept, dropout_scale(p, value)))
+
+
+def dropout_scale(p: float, like: torch.Tensor) -> float:
+    """By what a dropout multiplies the entries that it keeps, rounded as eager PyTorch does it."""
+    if p == 1:
+        return 0.0
+    return _eager_quotient(1 - p, like.dtype) if like.device.type == "cpu" else 1 / (1 - p)
 
 
 def _eager_quotient(q: float, dtype: torch.dtype) -> float:
@@ -216,7 +227,7 @@ def partition(
         _as_eager_dropout(graph)
         if mode == "recompute":
             _mark_dropout_masks(graph)
-            Repeat(graph, _is_deterministic).run()
+            Repeat(graph, _is_deterministic, with_dropout=True).run()
         else:
             Repeat(graph, _is_view).run()
         if inner is not None:

@@ -135,6 +135,10 @@ class Saver:
         many = value.dim() > 0 and value.shape[-1] != 1 and numel(value) > 0
         return many and value.is_floating_point() and self._can_be_early(source)
 
+    def can_mask(self, node: fx.Node) -> bool:
+        """Whether a tensor of truth values can be kept as bits."""
+        return numel(node.meta["val"]) >= low.MASK_BLOCK
+
     def is_early(self, node: fx.Node) -> bool:
         """Whether a node belongs to the forward pass and runs there."""
         return node not in self.backward and not self._is_late(node)

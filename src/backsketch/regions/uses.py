@@ -4,7 +4,9 @@ Each rule names the tensor that its operator need not read as it is, and edits t
 
 * matrix products, convolutions and entry-wise products are linear in it: it is rounded,
 * an activation's derivative is computed in the forward pass and rounded; one bit an entry for a ReLU,
-* the gradient of a layer norm is quadratic in its input, of which two roundings are kept.
+* the mask of a dropout is kept as bits,
+* the gradient of a log softmax is linear in the probabilities, which are rounded,
+* the gradient of a norm is quadratic in its input, of which two roundings are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import fx
 
 from backsketch.regions import low_precision as low
-from backsketch.regions.partition import args_of, is_turned, name_of
+from backsketch.regions.partition import args_of, dropout_scale, is_turned, name_of
 from backsketch.regions.saver import RESHAPES, SEED, STREAM, Saver, Use, source_of
 from backsketch.regions.share import hint, is_worth_it
 
@@ -90,6 +92,13 @@ def _batched_product(saver: Saver, node: fx.Node) -> Use | None:
     a, b = args_of(node)
     x = b if a in saver.backward else a
     return Use(x, _restoring(x)) if saver.can_round(x) else None
+
+
+def _experts(saver: Saver, node: fx.Node) -> Use | None:
+    """Products of each row with the matrix of its expert: ``(x, weights, ends of groups, g)``."""
+    x, weight, _, g = args_of(node)
+    fits = saver.can_round(x) and _is_cotangent(saver, g) and not _is_cotangent(saver, weight)
+    return Use(x, _restoring(x)) if fits else None
 
 
 def _convolution(saver: Saver, node: fx.Node) -> Use | None:
@@ -193,6 +202,72 @@ def _replace_threshold(saver: Saver, node: fx.Node) -> None:
     saver.replace(node, new)
 
 
+# --- losses -----------------------------------------------------------------------------------------
+
+
+def _log_softmax(saver: Saver, node: fx.Node) -> Use | None:
+    """``g - p sum(g)`` is linear in the probabilities p."""
+    g, y = args_of(node)[:2]
+    fits = _is_cotangent(saver, g) and saver.can_round(y) and _same_kind(g, y)
+    return Use(y, _replace_log_softmax) if fits else None
+
+
+def _replace_log_softmax(saver: Saver, node: fx.Node) -> None:
+    g, y, dim = args_of(node)[:3]
+    early = saver.early(y)
+    with saver.behind(early):
+        p = saver.forward(aten.exp.default, early)
+    codes, scales = saver.rounded(p, of=y)
+    sizes = saver.sizes(y)
+    with saver.graph.inserting_before(node):
+        restored = saver.backward_call(low.restore_operator, codes, scales, sizes, saver.bits)
+        if restored.meta["val"].dtype != g.meta["val"].dtype:
+            restored = saver.backward_call(_CONVERT, restored, g.meta["val"].dtype)
+        total = saver.backward_call(aten.sum.dim_IntList, g, [dim], True)
+        removed = saver.backward_call(aten.mul.Tensor, restored, total)
+        new = saver.backward_call(aten.sub.Tensor, g, removed)
+    saver.replace(node, new)
+
+
+def _picked(saver: Saver, node: fx.Node) -> Use | None:
+    """The gradient of picked entries reads no more than the sizes of what they are picked from."""
+    y = args_of(node)[1]
+    return Use(y, _replace_by_nothing) if saver.can_round(y) else None
+
+
+def _replace_by_nothing(saver: Saver, node: fx.Node) -> None:
+    _, y, picks = args_of(node)[:3]
+    sizes = saver.sizes(y)
+    with saver.graph.inserting_before(node):
+        nothing = saver.backward_call(aten.new_zeros.default, picks, [])
+        nothing = saver.backward_call(_CONVERT, nothing, y.meta["val"].dtype)
+        nothing = saver.backward_call(aten.expand.default, nothing, sizes)
+    node.replace_input_with(y, nothing)
+
+
+# --- dropout ----------------------------------------------------------------------------------------
+
+
+def _dropout(saver: Saver, node: fx.Node) -> Use | None:
+    """``g`` times the mask of a dropout, and a number."""
+    g, mask, _ = args_of(node)
+    drawn = args_of(mask)[0] if mask.target is operator.getitem else None
+    is_mask = isinstance(drawn, fx.Node) and name_of(drawn) == "native_dropout"
+    fits = is_mask and saver.is_early(mask) and _is_cotangent(saver, g) and saver.can_mask(mask)
+    return Use(mask, _replace_dropout) if fits else None
+
+
+def _replace_dropout(saver: Saver, node: fx.Node) -> None:
+    g, mask, _ = args_of(node)
+    with saver.behind(mask):
+        bits = saver.forward(low.mask_operator, mask, 0.5, math.inf)
+    with saver.graph.inserting_before(node):
+        kept = saver.backward_call(low.masked_operator, g, bits, 0.0)
+        scale = dropout_scale(args_of(args_of(mask)[0])[1], g.meta["val"])
+        new = saver.backward_call(aten.mul.Tensor, kept, scale)
+    saver.replace(node, new)
+
+
 # --- norms ------------------------------------------------------------------------------------------
 
 
@@ -211,6 +286,41 @@ def _replace_layer_norm(saver: Saver, node: fx.Node) -> None:
     saver.replace(node, new)
 
 
+def _group_norm(saver: Saver, node: fx.Node) -> Use | None:
+    return Use(args_of(node)[1], _replace_group_norm) if _is_norm(saver, node) else None
+
+
+def _is_norm(saver: Saver, node: fx.Node) -> bool:
+    g, x = args_of(node)[:2]
+    return _is_cotangent(saver, g) and saver.can_round(x) and _same_kind(g, x)
+
+
+def _replace_group_norm(saver: Saver, node: fx.Node) -> None:
+    g, x, mean, rstd, weight = args_of(node)[:5]
+    groups = args_of(node)[8]
+    codes, scales = saver.rounded(x, twice=True)
+    with saver.graph.inserting_before(node):
+        args = (g, weight, mean, rstd, codes, scales, groups, saver.bits)
+        new = saver.backward_call(low.saved_group_norm_operator, *args)
+    saver.replace(node, new)
+
+
+def _batch_norm(saver: Saver, node: fx.Node) -> Use | None:
+    """By the statistics of the batch."""
+    is_training = args_of(node)[7]
+    fits = is_training and _is_norm(saver, node)
+    return Use(args_of(node)[1], _replace_batch_norm) if fits else None
+
+
+def _replace_batch_norm(saver: Saver, node: fx.Node) -> None:
+    g, x, weight, _, _, mean, rstd = args_of(node)[:7]
+    codes, scales = saver.rounded(x, twice=True)
+    with saver.graph.inserting_before(node):
+        args = (g, weight, mean, rstd, codes, scales, saver.bits)
+        new = saver.backward_call(low.saved_batch_norm_operator, *args)
+    saver.replace(node, new)
+
+
 _POINTWISE = "gelu silu tanh sigmoid softplus hardswish mish leaky_relu hardtanh"
 _RULES: dict[str, Callable[[Saver, fx.Node], Use | None]] = {
     "mm": _matrix_product,
@@ -220,5 +330,11 @@ _RULES: dict[str, Callable[[Saver, fx.Node], Use | None]] = {
     "threshold_backward": _threshold,
     "native_layer_norm_backward": _layer_norm,
     "_fused_rms_norm_backward": _layer_norm,
+    "native_group_norm_backward": _group_norm,
+    "native_batch_norm_backward": _batch_norm,
+    "native_dropout_backward": _dropout,
+    "_log_softmax_backward_data": _log_softmax,
+    "nll_loss_backward": _picked,
+    "grouped_mm_fallback_backward": _experts,
     **{f"{name}_backward": _activation for name in _POINTWISE.split()},
 }
