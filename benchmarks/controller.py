@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch.models import build
+from backsketch.planning.auto.auto import INTERVAL, TARGET
 from backsketch.theory.noise import GradientSums
 from backsketch.train import load_data
-from backsketch.train.auto import INTERVAL, TARGET
 from backsketch.train.config import TrainConfig, resolve
 from backsketch.train.errors import StopRequest
 from backsketch.train.images import ImageData
@@ -230,7 +230,7 @@ def trained(config: TrainConfig, data: ImageData, folder: Path, target: float) -
     timed("optimizer", trainer.optimizer, "step")
     if trainer.auto is not None:
         trainer.auto.target = target
-        timed("controller", trainer.auto, "after")
+        timed("controller", trainer.auto, "control")
     with StopRequest() as stop, TrainProgress(Console(quiet=True), False) as progress:
         trainer.fit(progress, stop)
     result = result_of(trainer, 0.0)

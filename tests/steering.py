@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped
-from backsketch.train import auto, images, run
+from backsketch.planning.auto import proposals
+from backsketch.train import images, run
 
 __all__ = ["Clock", "steered"]
 
@@ -48,6 +49,7 @@ def steered(
         share: of the time of the run that may go into a profile.
     """
     clock, measured, loss = Clock(sketched), bs.profile, images.ImageData.loss
+    auto = functools.partial(bs.Auto, share=share)
 
     def profile(*arguments: Any, **options: Any) -> bs.Profile:
         now = clock.now
@@ -68,14 +70,14 @@ def steered(
         return loss(self, model, batch)
 
     trainer = functools.partial(run.Trainer, now=clock)
-    none = lambda model: ({}, "no 8-bit products here")  # noqa: E731
+    none = lambda model: proposals.Proposal({}, "no 8-bit products here")  # noqa: E731
     with ExitStack() as stack:
         for owner, name, value in (
-            (bs, "profile", profile),
+            (proposals, "profile", profile),
             (images.ImageData, "loss", timed_loss),
             (run, "Trainer", trainer),
-            (auto, "SHARE", share),
-            *([] if in_8_bits else [(auto, "_in_8_bits", none)]),
+            (bs, "Auto", auto),
+            *([] if in_8_bits else [(proposals, "in_8_bits", none)]),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield clock

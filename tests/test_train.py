@@ -21,6 +21,7 @@ from rich.console import Console
 import backsketch as bs
 from backsketch import models
 from backsketch.nn.swap import is_swapped
+from backsketch.planning.auto.proposals import Proposal
 from backsketch.planning.measure import step as measure
 from backsketch.train import ImageData, Interrupted, TrainError, train
 from backsketch.train.checkpoint import load_checkpoint
@@ -578,8 +579,8 @@ class TestAuto:
     def under_a_region(self, path, keep: float, **options):
         data = toy()
         trainer = trainer_of(self.job(data, **options), data, path)
-        trainer.auto._apply(trainer, {"": f"region:keep={keep}"}, "for a test")
-        trainer.auto._control_keeps(trainer, None)
+        trainer.auto._apply(Proposal({"": f"region:keep={keep}"}, "for a test"))
+        trainer.auto._control_keeps(None)
         trainer.measure_cost()
         return trainer
 
@@ -591,11 +592,11 @@ class TestAuto:
     def test_arithmetic_is_the_mean_over_the_steps_and_not_that_at_the_end(self, tmp_path):
         trainer = self.under_a_region(tmp_path / "c.pt", 0.25)
         at_the_end = trainer.cost["backward_flops_ratio"]
-        trainer.epoch = 3  # 12 steps
-        trainer.auto.steps_at.update(
-            {(0, (1.0,)): 5, (0, (0.25,)): 4}
-        )  # and three before the profile
-        mean = trainer.auto.mean_arithmetic(trainer)
+        auto = trainer.auto
+        auto.steps = 12  # three of them exact
+        for keep in [1.0] * 5 + [0.25] * 4:
+            auto.usage.add(auto.rules, {"": keep})
+        mean = auto.mean_arithmetic(trainer.batch_of(0))
         assert mean == pytest.approx((8 + 4 * at_the_end) / 12)
         assert trainer.auto.controller.keeps == {"": 0.25}
         trainer.measure_cost()

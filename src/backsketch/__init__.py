@@ -42,6 +42,7 @@ from backsketch.memory import SavedBytes as SavedBytes
 from backsketch.memory import peak_bytes as peak_bytes
 from backsketch.memory import saved_bytes as saved_bytes
 from backsketch.nn import exact as exact
+from backsketch.planning import Auto as Auto
 from backsketch.planning import Controller as Controller
 from backsketch.planning import Ledger as Ledger
 from backsketch.planning import Plan as Plan

@@ -17,6 +17,7 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEFAULT_SKETCH = "rows:keep=0.25"
+AUTO = "auto"  # the sketches are those of `bs.Auto`
 
 
 @dataclass(frozen=True)

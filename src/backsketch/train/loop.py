@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.planning.measure import step as measure
-from backsketch.train.auto import AUTO, Auto
 from backsketch.train.checkpoint import (
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
-from backsketch.train.config import TrainConfig, mismatch, parse_rules
+from backsketch.train.config import AUTO, TrainConfig, mismatch, parse_rules
 from backsketch.train.errors import Interrupted, StopRequest, TrainError
 from backsketch.train.history import Evaluation, History, StepClock
 from backsketch.train.order import DROPOUT, stream
@@ -125,7 +125,6 @@ class Trainer:
         self.core = self._build().to(accelerator.device)
         optimizer = make_optimizer(self.core, config)
         self.total_steps = config.epochs * self.batches.steps_per_epoch
-        self.auto = Auto(self.total_steps) if config.sketch == AUTO else None
         self.schedule = make_schedule(optimizer, config, self.total_steps)
         self.cost = self._cost()
         self.model, self.optimizer = accelerator.prepare(self.core, optimizer)
@@ -135,6 +134,10 @@ class Trainer:
         torch.manual_seed(stream(config.seed, DROPOUT, accelerator.process_index).initial_seed())
         if self.sketched:
             bs.seed(config.seed)
+        self.auto: bs.Auto | None = None
+        if config.sketch == AUTO:
+            batches = Upcoming(self)
+            self.auto = bs.Auto(self.model, batches, self.loss, self.total_steps, clock=now)
         self.epoch, self.step = 0, 0  # step counts within the epoch
         self.history = History()
 
@@ -177,7 +180,7 @@ class Trainer:
             if stopped and self.epoch < self.config.epochs:
                 raise Interrupted(self.checkpoint, stop.signum)
         if self.auto is not None:
-            self.cost = self._cost(self.auto.mean_arithmetic(self))
+            self.cost = self._cost(self.auto.mean_arithmetic(self.batch_of(0)))
 
     def evaluate(self) -> Evaluation:
         """Accuracy and loss on the whole test split, over all processes."""
@@ -281,7 +284,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.history = History.from_state(state["history"])
         if self.auto is not None:
-            self.auto.load_state_dict(self, state["auto"])
+            self.auto.load_state_dict(state["auto"])
         set_random_state(self.accelerator.device, state["random"][self.accelerator.process_index])
 
     def _misfit(self, state: Mapping[str, Any]) -> str | None:
@@ -367,7 +370,7 @@ class Trainer:
         clock, losses, stopped = StepClock(self.accelerator.device, self.now), [], False
         for micro_batches in self.batches.train(self.epoch, self.step):
             if self.auto is not None:
-                self.auto.before(self)
+                self.auto.step()
             losses.append(self._optimizer_step(micro_batches))
             clock.tick()
             self.step += 1
@@ -392,13 +395,13 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
         if self.auto is not None:
-            self.auto.after(self)
+            self.auto.control()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
         if self.auto is not None:
-            self.auto.ended(self)
+            self.auto.stop()
         return total
 
     def _should_stop(self, stop: StopRequest) -> bool:
@@ -409,3 +412,13 @@ class Trainer:
         asked = torch.tensor([stop.signum], device=self.accelerator.device)
         stop.signum = int(self.accelerator.gather(asked).max())  # all stop at the same step
         return stop.signum != 0
+
+
+class Upcoming:
+    """The next batches of a trainer, one of each step, beyond the end of the run too."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._trainer.batch_of, itertools.count(self._trainer.steps))

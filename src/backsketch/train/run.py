@@ -16,9 +16,15 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from backsketch.files import LOCK, make_folder, only_one, write_whole
-from backsketch.train.auto import AUTO
 from backsketch.train.checkpoint import load_checkpoint
-from backsketch.train.config import DEFAULT_SKETCH, TrainConfig, mismatch, parse_rules, resolve
+from backsketch.train.config import (
+    AUTO,
+    DEFAULT_SKETCH,
+    TrainConfig,
+    mismatch,
+    parse_rules,
+    resolve,
+)
 from backsketch.train.errors import StopRequest, TrainError
 from backsketch.train.loop import Data, Trainer
 from backsketch.train.result import result_of, write_json

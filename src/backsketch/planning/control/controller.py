@@ -181,6 +181,11 @@ class Controller:
             self._disarm()
         self._arm()
 
+    def skip(self) -> None:
+        """Forget what a step showed that is not to be looked at, in place of :meth:`step`."""
+        self._disarm()
+        self._arm()
+
     def close(self) -> None:
         """Remove its hooks; the keeps stay as they are."""
         self._closed = True

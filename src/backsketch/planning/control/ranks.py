@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["added", "gathered", "own"]
+__all__ = ["added", "gathered", "of_first", "own"]
 
 T = TypeVar("T")
 
@@ -19,6 +19,11 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def of_first(value: T) -> T:
+    """The value of the first rank, on all of them; every rank calls this."""
+    return gathered(value)[0]
 
 
 def own(values: Sequence[Any]) -> Any:

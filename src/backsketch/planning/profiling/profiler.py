@@ -22,10 +22,14 @@ from backsketch.regions import RunsExactly
 from backsketch.rules import unwrap
 from backsketch.untouched import untouched
 
-__all__ = ["measured"]
+__all__ = ["NothingToSketch", "measured"]
 
 _BATCHES = 4  # for SGD's own noise
 _STAGES = 4  # and one per batch
+
+
+class NothingToSketch(ValueError):
+    """A model has no site for a sketch."""
 
 
 def measured(
@@ -73,7 +77,7 @@ def _measured(
     tick("looking for sites")
     sites = find_sites(model, data[0], loss_fn)
     if not sites:
-        raise ValueError(
+        raise NothingToSketch(
             "profile: nothing to sketch: no residual branch, no linear layer or convolution of more than "
             f"{SMALL_WEIGHT} weights"
         )

@@ -1,11 +1,10 @@
-"""Never slower in silence: sketched steps are timed against exact ones while a model trains; a budget of time."""
+"""Never slower in silence: sketched steps are timed against exact ones while a model trains."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -17,7 +16,7 @@ from backsketch.planning.control.ranks import gathered
 from backsketch.planning.measure.timing import Timing, synchronize
 from backsketch.rules import unwrap
 
-__all__ = ["Budget", "SpeedGuard"]
+__all__ = ["SpeedGuard"]
 
 _SKIPPED = (
     2  # the first steps of a trial: one of each kind, in which things are compiled and captured
@@ -26,30 +25,6 @@ _PAIRS = 8  # of an exact and a sketched step, in a trial
 _FEWEST = 4  # of them that a verdict needs
 _TRIALS = 3  # in a row, after which what is not known to be faster is not
 _GAP = 200  # steps until the next trial; twice as many each time
-
-
-@dataclass
-class Budget:
-    """Seconds that may be spent on finding and controlling sketches: a share of those of an exact training.
-
-    Attributes:
-        expected: seconds of the exact training.
-        share: of them.
-        spent: so far.
-    """
-
-    expected: float
-    share: float = 0.03
-    spent: float = 0.0
-
-    @property
-    def left(self) -> float:
-        """Seconds that may still be spent; negative after too much was."""
-        return self.share * self.expected - self.spent
-
-    def affords(self, seconds: float) -> bool:
-        """Whether so much is left."""
-        return seconds <= self.left
 
 
 class SpeedGuard:
