@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from backsketch.nn.swap import is_swapped
 from backsketch.planning.auto import proposals
 from backsketch.train import images, run
 
-__all__ = ["Clock", "steered"]
+__all__ = ["Clock", "steered", "steered_auto"]
 
 
 class Clock:
@@ -42,14 +42,36 @@ def steered(
 ) -> Iterator[Clock]:
     """Inside, ``--sketch auto`` finds what it is to find; yields the clock for trainers that a test makes itself.
 
+    See :func:`steered_auto` for the arguments.
+    """
+    loss = images.ImageData.loss
+    with steered_auto(family, sketched=sketched, in_8_bits=in_8_bits, share=share) as clock:
+
+        def timed_loss(self: images.ImageData, model: nn.Module, batch: Any) -> Tensor:
+            clock.pass_of(model)
+            return loss(self, model, batch)
+
+        trainer = functools.partial(run.Trainer, now=clock)
+        with (
+            patch.object(images.ImageData, "loss", timed_loss),
+            patch.object(run, "Trainer", trainer),
+        ):
+            yield clock
+
+
+@contextmanager
+def steered_auto(
+    family: str, *, sketched: float = 0.5, in_8_bits: bool = False, share: float = math.inf
+) -> Iterator[Clock]:
+    """Inside, :class:`backsketch.Auto` finds what it is to find, under a clock that :meth:`Clock.pass_of` moves.
+
     Args:
         family: of sketches that saves half of a step, where the others cost as much.
         sketched: seconds of a sketched step by the clock; an exact one takes 1.
         in_8_bits: whether 8-bit products are tried first.
         share: of the time of the run that may go into a profile.
     """
-    clock, measured, loss = Clock(sketched), bs.profile, images.ImageData.loss
-    auto = functools.partial(bs.Auto, share=share)
+    clock, measured = Clock(sketched), proposals.profile
 
     def profile(*arguments: Any, **options: Any) -> bs.Profile:
         now = clock.now
@@ -65,21 +87,15 @@ def steered(
         )
         return replace(found, sites=sites, step_seconds=1.0, forward_seconds=0.0)
 
-    def timed_loss(self: images.ImageData, model: nn.Module, batch: Any) -> Tensor:
-        clock.pass_of(model)
-        return loss(self, model, batch)
+    def nothing(model: nn.Module) -> proposals.Proposal:
+        return proposals.Proposal({}, "no 8-bit products here")
 
-    trainer = functools.partial(run.Trainer, now=clock)
-    none = lambda model: proposals.Proposal({}, "no 8-bit products here")  # noqa: E731
-    with ExitStack() as stack:
-        for owner, name, value in (
-            (proposals, "profile", profile),
-            (images.ImageData, "loss", timed_loss),
-            (run, "Trainer", trainer),
-            (bs, "Auto", auto),
-            *([] if in_8_bits else [(proposals, "in_8_bits", none)]),
-        ):
-            stack.enter_context(patch.object(owner, name, value))
+    found = proposals.in_8_bits if in_8_bits else nothing
+    with (
+        patch.object(proposals, "profile", profile),
+        patch.object(proposals, "in_8_bits", found),
+        patch.object(bs, "Auto", functools.partial(bs.Auto, share=share, clock=clock)),
+    ):
         yield clock
 
 

@@ -350,6 +350,24 @@ def test_accumulated_micro_batches_share_one_gradient(digits):
 # --- phases, resume, what is left alone -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("skipped", [True, False], ids=["skipped", "mutation"])
+def test_steps_that_are_skipped_show_nothing(digits, skipped):
+    """Else their passes would count as micro-batches of the next step, and its noise as that of their mean."""
+
+    def noise(others):
+        model = mlp()
+        bs.sketch_(model, {"2": bs.Region(keep=0.5)})
+        with bs.Controller(model, 0.1) as control:
+            for batch in drawn(digits, 1, others):
+                loss_of(model, batch).backward()
+            if others and skipped:
+                control.skip()
+            train(model, digits, 1, control)
+            return control.noise_scale
+
+    assert (noise(4) == noise(0)) == skipped
+
+
 def test_warm_up_and_finish_are_exact(digits):
     model = mlp()
     bs.sketch_(model, bs.Region(keep=0.5))

@@ -91,7 +91,7 @@ class SketchCallback(pl.Callback):
             return
         if self._is_new_step:
             self._is_new_step = False
-            self._session.before_step(trainer.global_step)
+            self._session.before_step()
             self._told()
         self._session.saw((batch, batch_idx))
 
@@ -110,6 +110,7 @@ class SketchCallback(pl.Callback):
         if self._session is None or step == self._steps:
             return  # within an accumulation
         self._steps = step
+        self._session.after_step()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0:
             pl_module.log_dict(self._session.metrics.logged(step))

@@ -35,6 +35,7 @@ class Metrics:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._counted: Arithmetic | None = None
+        self._report: Report | None = None  # that was counted for
         self._keeps: dict[str, str] | None = None
         self._bytes: tuple[int, int] | None = None  # exact, sketched
         self._noise: float | None = None
@@ -66,7 +67,8 @@ class Metrics:
     def _measure(self, step: int) -> None:
         session, batch = self._session, self._session.batches[-1]
         model, loss_fn = session.model, session.loss_fn
-        if self._counted is None:
+        if self._counted is None or session.report is not self._report:
+            self._report = session.report
             assert session.report is not None
             names = [site.name for site in session.report if site.products]
             try:

@@ -11,11 +11,11 @@ from torch import nn
 
 from backsketch.estimators import Sketch, parse
 from backsketch.planning import Plan
+from backsketch.planning.auto.auto import TARGET
 
-__all__ = ["AUTO", "TARGET", "Settings"]
+__all__ = ["AUTO", "Settings"]
 
 AUTO = "auto"
-TARGET = 0.05
 
 Rules = Any  # what `sketch_` takes
 

@@ -128,7 +128,7 @@ class SketchCallback(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._session is not None:
-            self._session.before_step(state.global_step)
+            self._session.before_step()
             self._told()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -136,6 +136,8 @@ class SketchCallback(TrainerCallback, ExportableState):
             self._session.before_update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._session is not None:
+            self._session.after_step()
         self._keep(args, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -157,7 +157,7 @@ class Auto:
         if not self._is_under_way or self._is_controlled:
             return
         self._is_controlled = True
-        if self.rules and not (self.guard is not None and self.guard.is_exact):
+        if self.rules and not self.is_exact:
             self.usage.add(self.rules, {} if self.controller is None else self.controller.keeps)
         if self.controller is not None and self.budget is not None and self.budget.left > 0:
             self._control(self.controller, self.budget)
@@ -190,6 +190,11 @@ class Auto:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the present step is exact: in turns while sketched ones are timed."""
+        return not self.rules or (self.guard is not None and self.guard.is_exact)
+
     def mean_arithmetic(self, batch: Any) -> float:
         """Mean over the steps so far: matrix products of the backward pass over those of an exact one."""
         return self.usage.mean_arithmetic(self._core, batch, self._loss_fn, self.steps)
@@ -197,12 +202,13 @@ class Auto:
     def result(self) -> dict[str, Any]:
         """What was chosen, changed and is advised, with plain values."""
         budget, guard = self.budget, self.guard
+        seconds = None if budget is None else budget.share * budget.expected
         found: dict[str, Any] = {
             "plan": dict(self.rules or {}),
             "reason": self.reason,
             "profile_seconds": self.profile_seconds,
             "exact_steps_before": self.exact_steps_before,
-            "budget_seconds": None if budget is None else budget.share * budget.expected,
+            "budget_seconds": None if seconds == float("inf") else seconds,
             "spent_seconds": 0.0 if budget is None else budget.spent,
             "measured_ratio": None if guard is None or not self.rules else guard.ratio,
         }
