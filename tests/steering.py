@@ -13,6 +13,7 @@ from unittest.mock import patch
 from torch import Tensor, nn
 
 import backsketch as bs
+from backsketch.integrations import session
 from backsketch.nn.swap import is_swapped
 from backsketch.planning.auto import proposals
 from backsketch.train import images, run
@@ -90,11 +91,13 @@ def steered_auto(
     def nothing(model: nn.Module) -> proposals.Proposal:
         return proposals.Proposal({}, "no 8-bit products here")
 
+    auto = functools.partial(bs.Auto, share=share, clock=clock)
     found = proposals.in_8_bits if in_8_bits else nothing
     with (
         patch.object(proposals, "profile", profile),
         patch.object(proposals, "in_8_bits", found),
-        patch.object(bs, "Auto", functools.partial(bs.Auto, share=share, clock=clock)),
+        patch.object(bs, "Auto", auto),
+        patch.object(session, "Auto", auto),
     ):
         yield clock
 

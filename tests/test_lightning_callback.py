@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped
+from steering import Clock, steered_auto
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # its own, about workers, loggers and devices
 pl = pytest.importorskip("lightning.pytorch")
@@ -132,11 +133,79 @@ def test_a_controller_follows_the_part_that_is_called(tmp_path):
     assert logged.lines[-1]["backsketch/extra_variance"] < 0.1
 
 
-def test_auto_profiles_the_training_step(tmp_path):
-    callback = SketchCallback()
-    module = fit(tmp_path, callback)
-    assert callback.reason
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Timed(Module):
+    """Its steps move a clock; it has a branch that is worth a sketch."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        branch = nn.Sequential(nn.Linear(160, 160), nn.ReLU(), nn.Linear(160, 160))
+        self.model = nn.Sequential(nn.Linear(16, 160), Residual(branch), nn.Linear(160, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.pass_of(self)
+        return self.model(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append((self.training, sum(map(is_swapped, self.modules()))))
+        return self.loss(self(batch[0]), batch[1])
+
+
+class Kept(pl.Callback):
+    """What a callback's session was at the end."""
+
+    def __init__(self, callback: SketchCallback) -> None:
+        self.callback, self.auto = callback, None
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.auto = self.callback._session.auto
+
+
+def fit_auto(folder: Path, clock: Clock, *callbacks: Any, **options: Any) -> tuple[Any, Any]:
+    """32 steps of 0.5 or 1 second; returns the module and what chose its sketches."""
+    torch.manual_seed(0)
+    callback = SketchCallback(seed=0, measure=False)
+    kept = Kept(callback)
+    module = fit(folder, kept, callback, *callbacks, module=Timed(clock), max_epochs=4, **options)
+    return module, kept.auto
+
+
+def test_auto_is_that_of_the_library(tmp_path):
+    with steered_auto("save") as clock:
+        module, auto = fit_auto(tmp_path, clock)
+    assert auto.profile_seconds == 40
+    assert auto.guard.pays
+    assert auto.controller.keeps
+    assert [sites for _, sites in module.seen][-1] > 0
     assert not any(map(is_swapped, module.modules()))
+
+
+def test_auto_in_a_short_run_has_no_time_for_a_profile(tmp_path):
+    with steered_auto("save", share=0.03) as clock:
+        module, auto = fit_auto(tmp_path, clock)
+    assert auto.rules == {}
+    assert "a profile would take" in auto.reason
+    assert {sites for _, sites in module.seen} == {0}
+
+
+def test_auto_that_resumes_is_the_one_that_went_on(tmp_path):
+    with steered_auto("save") as clock:
+        whole, auto = fit_auto(tmp_path, clock, checkpoints(tmp_path), enable_checkpointing=True)
+        for epoch in (0, 2):  # within a trial, and under a controller
+            bs.seed(7)
+            resumed, again = fit_auto(tmp_path, clock, resume=tmp_path / f"epoch={epoch}.ckpt")
+            assert same(whole, resumed)
+            assert again.rules == auto.rules
+            assert again.result()["log"] == auto.result()["log"]
 
 
 def test_accumulation_is_one_step_of_the_controller(tmp_path, monkeypatch):
@@ -180,6 +249,9 @@ class Manual(Module):
 
 
 def test_a_loss_that_cannot_be_found_is_said(tmp_path):
-    with pytest.raises(ValueError, match="training_step returned no loss"):
-        fit(tmp_path, SketchCallback(), module=Manual())
+    module = Manual()
+    with steered_auto("save") as clock:
+        module.model.register_forward_pre_hook(lambda model, args: clock.pass_of(model))
+        with pytest.raises(ValueError, match="training_step returned no loss"):
+            fit(tmp_path, SketchCallback(), module=module)
     fit(tmp_path, SketchCallback("rows:keep=0.5", measure=False), module=Manual())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped
+from steering import Clock, steered_auto
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("accelerate")
@@ -261,11 +262,32 @@ def test_auto_profiles_on_the_trainers_own_batches_and_loss(tmp_path):
             return 2 * super().compute_loss(model, inputs, **options)
 
     callback = SketchCallback()
-    trainer = made(tmp_path, callback, trainer=Doubled)
-    trainer.train()
+    with steered_auto("save") as clock:
+        trainer = timed(made(tmp_path, callback, trainer=Doubled), clock)
+        trainer.train()
     assert Doubled.calls > 10
     assert callback.reason
     assert len(logged(trainer, "backsketch/arithmetic")) == 2
+
+
+def timed(trainer: Any, clock: Clock) -> Any:
+    """The trainer, whose passes move a clock."""
+    trainer.model.register_forward_pre_hook(lambda model, args: clock.pass_of(model))
+    return trainer
+
+
+@pytest.mark.slow
+def test_auto_that_resumes_is_the_one_that_went_on(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 28, "logging_steps": 4}
+    with steered_auto("save") as clock:
+        whole = timed(made(tmp_path, SketchCallback(), **options), clock)
+        whole.train()
+        assert logged(whole, "backsketch/effective_batch")  # there is a controller
+        for step in (10, 22):
+            bs.seed(7)
+            resumed = timed(made(tmp_path, SketchCallback(), **options), clock)
+            resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+            assert same(whole.model, resumed.model)
 
 
 @pytest.mark.parametrize("overflows", [False, True])
@@ -319,9 +341,11 @@ def test_auto_without_a_loss_says_so(tmp_path):
             loss.backward()
             return loss.detach()
 
-    trainer = made(tmp_path, SketchCallback(), trainer=Own)
-    with pytest.raises(ValueError, match="'auto' needs the loss of 2 batches and saw 0"):
-        trainer.train()
+    with steered_auto("save") as clock:
+        trainer = timed(made(tmp_path, SketchCallback(), trainer=Own), clock)
+        with pytest.raises(ValueError, match="'auto' needs the loss of 2 batches and saw 0"):
+            trainer.train()
+    assert not any(map(is_swapped, trainer.model.modules()))
 
 
 @pytest.mark.parametrize(
