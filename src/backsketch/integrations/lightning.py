@@ -30,8 +30,8 @@ class SketchCallback(pl.Callback):
     module whose forward pass ``training_step`` calls.
 
     Args:
-        sketch: ``"auto"``, a sketch, its text such as ``"int8"``, rules (patterns and sketches or texts), a plan,
-            or a function of the module that returns rules.
+        sketch: ``"auto"`` (:class:`backsketch.Auto`), a sketch, its text such as ``"int8"``, rules (patterns and
+            sketches or texts), a plan, or a function of the module that returns rules.
         target_extra_variance: a :class:`backsketch.Controller` moves the keeps to hold this; None leaves the keeps
             of given sketches as they are, and is 0.05 for ``"auto"``.
         strict: see :func:`backsketch.sketch_`.
@@ -41,11 +41,11 @@ class SketchCallback(pl.Callback):
 
     Attributes:
         report: what was sketched in the last training; None where nothing was.
-        reason: what the plan of ``"auto"`` said, of exact training too.
+        reason: what ``"auto"`` has to say, of exact steps too.
 
     Raises:
         ValueError: an argument is wrong; when the training begins: the module is sketched already, a rule matches
-            nothing, or ``"auto"`` finds no loss. Lightning itself refuses two such callbacks.
+            nothing; later: ``"auto"`` finds no loss to measure. Lightning itself refuses two such callbacks.
         TypeError: ``sketch`` is nothing of the above.
 
     Example:

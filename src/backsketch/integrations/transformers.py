@@ -61,10 +61,9 @@ class SketchCallback(TrainerCallback, ExportableState):
     ``backsketch/effective_batch``.
 
     Args:
-        sketch: ``"auto"`` profiles the model on the trainer's own batches and loss after some exact steps and
-            takes the best plan, exact training where that is best; or a sketch, its text such as ``"int8"``,
-            rules (patterns and sketches or texts), a plan, or a function of the model that returns rules
-            (:func:`blocks`).
+        sketch: ``"auto"`` is :class:`backsketch.Auto` on the trainer's own batches and loss; or a sketch, its text
+            such as ``"int8"``, rules (patterns and sketches or texts), a plan, or a function of the model that
+            returns rules (:func:`blocks`).
         target_extra_variance: a :class:`backsketch.Controller` moves the keeps to hold this; None leaves the keeps
             of given sketches as they are, and is 0.05 for ``"auto"``.
         strict: see :func:`backsketch.sketch_`.
@@ -75,11 +74,11 @@ class SketchCallback(TrainerCallback, ExportableState):
 
     Attributes:
         report: what was sketched in the last training; None where nothing was.
-        reason: what the plan of ``"auto"`` said, of exact training too.
+        reason: what ``"auto"`` has to say, of exact steps too.
 
     Raises:
         ValueError: an argument is wrong; when the training begins: the model is sketched already, a rule matches
-            nothing, there are two such callbacks, or ``"auto"`` finds no loss.
+            nothing, or there are two such callbacks; later: ``"auto"`` is to measure the loss and finds none.
         TypeError: ``sketch`` is nothing of the above.
 
     Example:
