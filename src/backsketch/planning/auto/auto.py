@@ -298,7 +298,7 @@ class Auto:
         """To what paid before, or to exact steps."""
         if self.controller is not None:
             self.controller.close()
-        self.controller = None
+        self.controller = self._profile = None
         if self._first is None or self.rules == self._first[0]:
             self._first = None
             self._go_exact(reason)
