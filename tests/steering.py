@@ -1,12 +1,14 @@
-"""``--sketch auto`` under a profile and a clock that say what a test wants, with the same numbers in every run."""
+"""``--sketch auto`` under a profile and clocks that say what a test wants, with the same numbers in every run."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +18,7 @@ import backsketch as bs
 from backsketch.integrations import session
 from backsketch.nn.swap import is_swapped
 from backsketch.planning.auto import proposals
+from backsketch.planning.measure import timing
 from backsketch.train import images, run
 
 __all__ = ["Clock", "steered", "steered_auto"]
@@ -66,6 +69,10 @@ def steered_auto(
 ) -> Iterator[Clock]:
     """Inside, :class:`backsketch.Auto` finds what it is to find, under a clock that :meth:`Clock.pass_of` moves.
 
+    By the clock of the profile everything takes equally long. The times of a machine decide how often a sketch is
+    timed, hence which draw its error is that of, and which sketches are combined: two profiles would differ in
+    more than their seconds.
+
     Args:
         family: of sketches that saves half of a step, where the others cost as much.
         sketched: seconds of a sketched step by the clock; an exact one takes 1.
@@ -98,8 +105,16 @@ def steered_auto(
         patch.object(proposals, "in_8_bits", found),
         patch.object(bs, "Auto", auto),
         patch.object(session, "Auto", auto),
+        patch.object(timing, "time", _even_clock()),
     ):
         yield clock
+
+
+def _even_clock() -> SimpleNamespace:
+    """In place of the module ``time``: clocks that are a millisecond later whenever they are read."""
+    reads = itertools.count()
+    read = lambda: next(reads) / 1000  # noqa: E731
+    return SimpleNamespace(perf_counter=read, thread_time=read)
 
 
 def _priced(option: Any, family: str) -> Any:

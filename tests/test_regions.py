@@ -197,6 +197,27 @@ def test_recomputed_values_are_those_of_the_forward_pass(
     assert all(torch.equal(actual[n], g) for n, g in expected.items())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_seed_repeats_a_run_whatever_was_captured_before(mode: str) -> None:
+    """A model of the same classes shares the captured graphs; it checks its rows for itself."""
+
+    def run() -> tuple[list[dict[str, Tensor]], dict[str, int]]:
+        torch.manual_seed(0)
+        bs.seed(0)
+        model, x = nn.Sequential(mlp(8, 8), nn.Tanh(), mlp(8, 8)), torch.randn(12, 8)
+        make_region(model, {"0": Region(0.5, mode=mode), "2": Region(0.5, mode=mode)})
+        steps = []
+        for _ in range(3):
+            model.zero_grad()
+            steps.append(named_gradients(model, model(x).square().sum()))
+        return steps, bs.get_rng_state()
+
+    first, again = run(), run()
+    assert first[1] == again[1]
+    for a, b in zip(first[0], again[0]):
+        assert all(torch.equal(g, b[name]) for name, g in a.items())
+
+
 def test_the_users_random_stream_is_untouched() -> None:
     model, x = Block(8, 2, 0.2), torch.randn(4, 3, 8)
     model(x).sum().backward()

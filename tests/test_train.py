@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +24,7 @@ from rich.console import Console
 import backsketch as bs
 from backsketch import models
 from backsketch.nn.swap import is_swapped
+from backsketch.planning.auto import proposals
 from backsketch.planning.auto.proposals import Proposal
 from backsketch.planning.measure import step as measure
 from backsketch.train import ImageData, Interrupted, TrainError, train
@@ -525,6 +529,18 @@ class TestAuto:
         expected = whole.core.state_dict()
         for name, tensor in resumed.core.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
+
+    def test_no_clock_of_the_machine_tells_in_a_steered_profile(self, monkeypatch):
+        data, rng, found = toy(), random.Random(0), []
+        job = self.job(data)
+        model, batches = data.build(job), [b for b, *_ in data.batches(job, CPU, 0, 1).train(0)]
+        for slowest in (1e-4, 1e-2, 1.0):
+            later = itertools.accumulate(iter(lambda: slowest * rng.random() ** 4, None))
+            monkeypatch.setattr(time, "perf_counter", later.__next__)
+            monkeypatch.setattr(time, "thread_time", later.__next__)
+            with steered("save"):
+                found.append(proposals.profile(model, batches, data.loss, progress=False).to_dict())
+        assert found[0] == found[1] == found[2]
 
     def test_a_finished_run_that_is_resumed_tells_the_same(self, tmp_path):
         whole, data = self.fitted(tmp_path / "c.pt", "save"), toy()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx
@@ -105,9 +106,10 @@ def _has_lead(symbols: RowSymbols, value: Tensor, row_dims: int) -> bool:
 class Program:
     """A captured backward graph on all rows, and on the kept ones.
 
-    ``verified`` turns true once the sum over two parts of the first batch has reproduced the exact
-    gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows. Where products
-    are computed in 8 bits, ``every`` does it on all rows and ``rounded`` on kept ones; ``note`` tells
+    ``verified`` are the regions for which the sum over two parts of their first batch has reproduced the exact
+    gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows. Each checks for
+    itself though they share the graph, or what a region draws would depend on what the process did before. Where
+    products are computed in 8 bits, ``every`` does it on all rows and ``rounded`` on kept ones; ``note`` tells
     their share.
     """
 
@@ -116,7 +118,7 @@ class Program:
     every: Runner | None = None
     rounded: KeptBackward | None = None
     note: str = "rows proven independent"
-    verified: bool = False
+    verified: WeakSet[Runtime] = field(default_factory=WeakSet)
     refusal: str | None = None
 
     def backward(self, region: Runtime | None, args: list[Any]) -> Sequence[Any]:
@@ -130,7 +132,7 @@ class Program:
         row_dims = region.spec.row_dims
         lead = tuple(cotangents[0].shape[:row_dims])
         scores = row_ops.scores(cotangents, row_dims)
-        if not self.verified:
+        if region not in self.verified:
             return self._first(region, args, lead, scores)
         region.settle("active", note=self.note)
         if region.scores is not None:
@@ -157,7 +159,7 @@ class Program:
             self.kept.low_precision,
         )
         if verdict:
-            self.verified = True
+            self.verified.add(region)
             region.settle("active", note=self.note)
         elif verdict is False:
             self.refusal = "parts of the first batch do not add up to its gradient"
