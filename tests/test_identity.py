@@ -125,6 +125,33 @@ def test_conv2d_in_channels_last():
         check_same_layer(layer.to(memory_format=torch.channels_last), x)
 
 
+IMAGE_LAYERS = {
+    **{name: lambda o=o: nn.Conv2d(4, 8, **o) for name, o in CONVOLUTIONS.items()},
+    "transposed": lambda: nn.ConvTranspose2d(4, 8, 3, 2),
+    "transposed, grouped": lambda: nn.ConvTranspose2d(4, 8, 3, 2, groups=2),
+    "batch norm": lambda: nn.BatchNorm2d(4),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("layer", IMAGE_LAYERS)
+def test_the_gradient_of_channels_last_images_is_channels_last(layer):
+    """Else the layers below are slower, and a batch norm there rounds a multiple of what it should."""
+    module = IMAGE_LAYERS[layer]().to(memory_format=torch.channels_last)
+    x = torch.randn(3, 4, 7, 6).to(memory_format=torch.channels_last).requires_grad_()
+    cotangent = torch.randn_like(module(x))
+    (exact,) = torch.autograd.grad(module(x), x, cotangent)
+    for sketch in ESTIMATORS:
+        try:
+            bs.sketch_(module, sketch)
+        except ValueError:
+            continue  # this sketch is not for this layer
+        (ours,) = torch.autograd.grad(module(x), x, cotangent)
+        assert ours.stride() == exact.stride(), str(sketch)
+        bs.restore_(module)
+
+
 L, S, N, E, H = 5, 7, 3, 8, 2
 BOOL = torch.rand(L, S, generator=torch.Generator().manual_seed(1)) < 0.3
 FLOAT = torch.randn(L, S, generator=torch.Generator().manual_seed(2))

@@ -535,7 +535,7 @@ class TestAuto:
         job = self.job(data)
         model, batches = data.build(job), [b for b, *_ in data.batches(job, CPU, 0, 1).train(0)]
         for slowest in (1e-4, 1e-2, 1.0):
-            later = itertools.accumulate(iter(lambda: slowest * rng.random() ** 4, None))
+            later = itertools.accumulate(slowest * rng.random() ** 4 for _ in range(10**6))
             monkeypatch.setattr(time, "perf_counter", later.__next__)
             monkeypatch.setattr(time, "thread_time", later.__next__)
             with steered("save"):

@@ -7,7 +7,7 @@ Rows are samples, or positions where the kernel has one entry. A transposed conv
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 class Convolution(Bilinear):
     """A convolution over ``(samples, channels, *spatial)``; rows are samples.
 
-    ``spatial`` is the size of the input, which the cotangent alone does not tell.
+    ``spatial`` is the size of the input, which the cotangent alone does not tell. ``channels_last`` is its memory
+    format, which its gradient has, too: a batch norm below is slower, and rounds more, at a cotangent in another.
     """
 
     kernel: Sizes
@@ -52,6 +53,7 @@ class Convolution(Bilinear):
     dilation: Sizes
     spatial: Sizes
     groups: int = 1
+    channels_last: bool = field(default=False, kw_only=True)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         convolve = _FORWARD[len(self.kernel)]
@@ -61,7 +63,9 @@ class Convolution(Bilinear):
         return tensor
 
     def unrows(self, grad_input: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return grad_input
+        if not self.channels_last:
+            return grad_input
+        return grad_input.contiguous(memory_format=torch.channels_last)
 
     def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         return self._input_vjp(cotangent, weight, self.groups)
@@ -154,7 +158,7 @@ class RoundedConvolution(Convolution):
     """A convolution whose backward products are computed elsewhere, in low precision."""
 
     def __init__(self, exact: Convolution, source: Source) -> None:
-        values = {field.name: getattr(exact, field.name) for field in fields(exact)}
+        values = {f.name: getattr(exact, f.name) for f in fields(exact)}
         super().__init__(**values)
         object.__setattr__(self, "source", source)
 
@@ -243,12 +247,20 @@ class PointwiseConvolution(Linear):
 
 
 def bilinear_convolution(
-    kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int, spatial: Sizes
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    spatial: Sizes,
+    channels_last: bool = False,
 ) -> Bilinear:
     """The backward products of a convolution in their cheapest form."""
     if max(kernel) == max(stride) == groups == 1 and not any(padding):
         return PointwiseConvolution()
-    return Convolution(kernel, stride, padding, dilation, spatial, groups)
+    return Convolution(
+        kernel, stride, padding, dilation, spatial, groups, channels_last=channels_last
+    )
 
 
 def conv2d(
@@ -353,7 +365,7 @@ def conv_transpose(
     )
     op = TransposedConvolution(
         tuple(weight.shape[2:]), stride, padding, dilation, tuple(x.shape[2:]), groups,
-        output_padding,
+        output_padding, channels_last=_is_channels_last(x),
     )  # fmt: skip
     return apply(op, x, columns_first(weight, groups), bias, sketch)
 
@@ -379,10 +391,11 @@ def _convolve(
     kernel, dilation = tuple(weight.shape[2:]), _sizes(dilation, dims)
     if isinstance(padding, str):
         x, padding = _explicit_padding(x, kernel, dilation, padding)
-    make = bilinear_convolution if sketch.needs_rows or _is_channels_last(x) else Convolution
+    channels_last = _is_channels_last(x)
+    make = bilinear_convolution if sketch.needs_rows or channels_last else Convolution
     op = make(
         kernel, _sizes(stride, dims), _sizes(padding, dims), dilation,
-        groups=groups, spatial=tuple(x.shape[2:]),
+        groups=groups, spatial=tuple(x.shape[2:]), channels_last=channels_last,
     )  # fmt: skip
     return apply(op, x, weight, bias, sketch)
 

@@ -141,8 +141,12 @@ class ChannelNorm(Norm):
         slope = self.shared(second * w) / entries
         offset = self.shared(total * w) / entries
         factors = torch.stack([w * rstd, -rstd * slope, -rstd * offset], 2).view(-1, 3)
-        grad = rounding.row_affine(rows, stats, factors, packed)
-        return grad, (first + second).sum(0) / 2, total.sum(0)
+        grad = rounding.row_affine(rows, stats, factors, packed).view(g.shape)
+        return (
+            grad.contiguous(memory_format=layout_of(g)),
+            (first + second).sum(0) / 2,
+            total.sum(0),
+        )
 
 
 @dataclass(frozen=True)
