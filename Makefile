@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # Threads that wait for work by spinning slow each other down where cores are shared: the tests run in two
 # processes. A training that has the machine to itself loses by it (docs/regions.md).
 test test-all faults check: export OMP_WAIT_POLICY ?= passive
+# Compiled modules and tests are kept: each process would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all faults fuzz docs lint types check clean
 

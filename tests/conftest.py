@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import backsketch as bs
+from backsketch.torch_private import CONSTANTS_OF_OBJECTS
 from backsketch.untouched import seed_torch
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
+if not CONSTANTS_OF_OBJECTS:  # PyTorch 2.10 and 2.11: see "Limits" in the README
+    torch._dynamo.config.specialize_float = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -29,7 +29,7 @@ class Functional(nn.Module):
         self.weights = nn.ParameterList(torch.randn(d, d) / d**0.5 for _ in range(weights))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, *self.weights)
+        return self.function(x, *list(self.weights))  # PyTorch 2.10 cannot unpack the list itself
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn.modules.loss import _Loss as LossBase
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "CONSTANTS_OF_OBJECTS",
     "BatchNormBase",
     "ConvBase",
     "ConvTransposeBase",
@@ -190,6 +191,10 @@ def batch_norm_with_statistics(
     return implementation(x, weight, bias, *state, True, momentum, eps, cudnn)[:3]
 
 
+CONSTANTS_OF_OBJECTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+"""Whether functions that are traced as constants may be called with objects: not so in PyTorch 2.11 and before."""
+
+
 def traced_as_constant(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: Dynamo calls the function while it traces and takes the result for a constant.
 
@@ -256,9 +261,10 @@ def logging_is_left_out() -> AbstractContextManager[Any]:
     Without the setting such a module cannot be captured.
     """
     try:
-        before = torch._dynamo.config.ignore_logging_functions
+        names = ("ignore_logging_functions", "ignore_logger_methods")  # the second before 2.11
+        name = names[not hasattr(torch._dynamo.config, names[0])]
         methods = {f for f in vars(logging.Logger).values() if callable(f)}
-        return torch._dynamo.config.patch(ignore_logging_functions=before | methods)
+        return torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) | methods})
     except AttributeError:
         return nullcontext()
 

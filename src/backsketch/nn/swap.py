@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from backsketch.estimators import Sketch
+from backsketch.ops.opaque import note_text
 
 __all__ = [
     "Swapped",
@@ -124,6 +125,7 @@ def _one_object(sketch: Sketch) -> Sketch:
 
 @functools.lru_cache(maxsize=1024)
 def _first_of(sketch: Sketch) -> Sketch:
+    note_text(sketch)
     return sketch
 
 

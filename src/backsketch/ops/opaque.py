@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from backsketch.estimators import Bilinear, Estimator, parse
-from backsketch.estimators.base import Gradients, registered
+from backsketch.estimators.base import Gradients, Sketch, registered
 from backsketch.sampling import operator
-from backsketch.torch_private import traced_as_constant
+from backsketch.torch_private import CONSTANTS_OF_OBJECTS, traced_as_constant
 
-__all__ = ["OPAQUE", "OpaqueVJP"]
+__all__ = ["OPAQUE", "OpaqueVJP", "note_text"]
 
 Needed = tuple[bool, bool, bool]
 OPAQUE: dict[type[Bilinear], OpaqueVJP] = {}  # the kinds of layers that have one
@@ -59,7 +59,7 @@ class OpaqueVJP:
 
         None where no text describes the estimator, such as one of a class that is not registered.
         """
-        text = _text(estimator)
+        text = _noted_text(estimator)
         if text is None:
             return None
         found = iter(self._operator(cotangent, weight, stored, seed, shape, text, needed))
@@ -121,6 +121,24 @@ def _parsed(text: str) -> Estimator:
     sketch = parse(text)
     assert isinstance(sketch, Estimator)
     return sketch
+
+
+def note_text(sketch: Sketch) -> None:
+    """Keep the text of an estimator with it, where code that is being compiled can read it.
+
+    PyTorch before 2.12 gives no objects to functions that are traced as constants.
+    """
+    if isinstance(sketch, Estimator):
+        object.__setattr__(sketch, "_noted", (_text(sketch),))
+
+
+def _noted_text(estimator: Estimator) -> str | None:
+    """The text of an estimator. Nothing notes it in functional code, which old compilers then look into."""
+    if hasattr(estimator, "_noted"):
+        noted: str | None = estimator._noted[0]
+        return noted
+    looked_into = torch.compiler.is_compiling() and not CONSTANTS_OF_OBJECTS
+    return None if looked_into else _text(estimator)
 
 
 @traced_as_constant
