@@ -187,6 +187,9 @@ UNBIASED = [
 ]  # fmt: skip
 
 
+@pytest.mark.fast_cases(
+    "plain", "smoothing-tied", "z-loss", "all-tied", "int8", "none", "sum-no bias"
+)
 @pytest.mark.parametrize("options", UNBIASED)
 def test_unbiased(options):
     report = check(Head(keep=0.3, **options))

@@ -97,12 +97,12 @@ def test_layer_sketches_reach_every_linear_layer():
     [
         {"head": bs.Rows(keep=0.3)},
         bs.Rows(keep=0.5),
-        {"head": bs.Columns(keep=0.5)},
-        {"head": bs.Rows(keep=0.4, scores="l2")},
+        pytest.param({"head": bs.Columns(keep=0.5)}, marks=pytest.mark.slow),
+        pytest.param({"head": bs.Rows(keep=0.4, scores="l2")}, marks=pytest.mark.slow),
         {"head": bs.Int8(sketch=bs.Rows(keep=0.5))},
         bs.Int8(),
         {"blocks.*.mlp": bs.Region(keep=0.5, row_dims=2)},
-        {"blocks.*.attn": bs.Region(keep=0.5)},
+        pytest.param({"blocks.*.attn": bs.Region(keep=0.5)}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

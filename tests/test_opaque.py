@@ -53,6 +53,9 @@ def compiled(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[str]]:
     return gradients(call, model, x), names
 
 
+@pytest.mark.fast_cases(
+    "rows:keep=0.5", "stored_rows:keep=0.5", "projection:keep=0.5", "quantized:bits=2", "int8"
+)
 @pytest.mark.parametrize("estimator", FAMILIES, ids=str)
 def test_each_layer_is_one_operator_with_the_gradients_of_eager_code(estimator):
     model, x = layers(), torch.randn(3, 5, 6)

@@ -218,6 +218,7 @@ def test_a_profile_runs_the_model_no_more_than_it_must(vit, monkeypatch):
     assert len(passes) == 10
 
 
+@pytest.mark.slow
 def test_a_profile_takes_no_more_than_25_steps():
     """Counted by the arithmetic of all linear layers, the timings of sites and the trial of a plan included."""
     torch.manual_seed(0)

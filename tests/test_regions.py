@@ -83,6 +83,7 @@ def test_text_round_trip(sketch: bs.Estimator) -> None:
 # --- the forward pass -------------------------------------------------------------------------------
 
 
+@pytest.mark.fast_cases("0.3")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_forward_is_bit_identical(mode: str, dropout: float) -> None:
@@ -410,6 +411,7 @@ def test_batch_size_may_vary_without_recompiling(row_dims: int) -> None:
     assert states[""].status == "active"
 
 
+@pytest.mark.fast_cases("1-shape0", "1-shape1", "2-shape1", "2-shape2")
 @pytest.mark.parametrize("shape", [(1, 5, 8), (0, 5, 8), (5, 1, 8), (1, 1, 8)])
 @pytest.mark.parametrize("row_dims", [1, 2])
 def test_extreme_batches(row_dims: int, shape: tuple[int, ...]) -> None:

@@ -133,6 +133,7 @@ def test_unbiased(name: str) -> None:
     assert max(report.relative_variance.values()) > 1e-6
 
 
+@pytest.mark.fast_cases("product", "activations", "norm", "attention written out", "experts")
 @every_pattern
 def test_half_a_dither_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = pattern(name, bs.Region(keep=1.0, save="int4"))

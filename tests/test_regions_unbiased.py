@@ -79,7 +79,8 @@ CASES = {
     "mask above": (ViT, lambda: [images(shape=IMAGE)], {"": Mask(0.5), "blocks.0": Region(0.5)}),
 }
 
-FAST = [c for c in CASES if c not in ("branches", "vit", "dropout", "gpt block")]
+SLOW = "branches", "vit", "dropout", "gpt block", "nested", "token dropout", "gpt"
+FAST = [c for c in CASES if c not in SLOW]
 
 
 def with_mode(rules: dict[str, Region | Mask], mode: str) -> dict[str, Region | Mask]:
