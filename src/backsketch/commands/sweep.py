@@ -20,6 +20,12 @@ def sweep_command(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes; default: as configured. 0: this one.")
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Dask scheduler whose workers run the jobs: tcp://host:8786."
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with local copies: DATA/mnist for ylecun/mnist.")
     ] = None,
@@ -29,11 +35,13 @@ def sweep_command(
     with told("stopped; finished jobs are kept: the same command continues"):
         from backsketch.experiments.sweep import run_sweep
 
-        if data is not None and not data.is_dir():
+        if on is not None and workers is not None:
+            raise SweepError("--workers are those of this machine; a cluster has its own")
+        if on is None and data is not None and not data.is_dir():
             raise SweepError(f"there is no folder {data}")
         console = Console()
         for config in [SweepConfig.load(path) for path in configs]:
-            failed = run_sweep(config, out, workers=workers, data=data, console=console)
+            failed = run_sweep(config, out, workers=workers, on=on, data=data, console=console)
             failures += failed
             console.print(
                 f"{config.name}: {len(config.jobs()) - len(failed)} of {len(config.jobs())} jobs done, "

@@ -16,7 +16,7 @@ from typing import Any
 
 from backsketch.experiments.config import Job
 
-__all__ = ["outcomes", "run_job"]
+__all__ = ["Outcome", "outcomes", "prepare", "run_job"]
 
 Outcome = tuple[Job, dict[str, Any]]
 _DIED = {"status": "failed", "error": "its process died (out of memory?)", "trace": ""}
@@ -55,7 +55,7 @@ def outcomes(
     if not jobs:
         return
     if workers == 0:
-        _prepare(threads, data)
+        prepare(threads, data)
         for job in jobs:
             yield job, run_job(job.problem, job.options)
         return
@@ -113,7 +113,7 @@ class _Worker:
 def _enter(threads: int, data: str | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _prepare(threads, data)
+    prepare(threads, data)
 
 
 def _end_with_parent() -> None:
@@ -124,7 +124,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare(threads: int, data: str | None) -> None:
+def prepare(threads: int, data: str | None) -> None:
+    """Set up a process for jobs: PyTorch's threads, and the folder with local copies of datasets."""
     import torch
 
     torch.set_num_threads(threads)
