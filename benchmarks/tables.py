@@ -121,6 +121,21 @@ def gpt() -> str:
     return _markdown(header, rows)
 
 
+def attention() -> str:
+    rows = [
+        [
+            *(str(row[key]) for key in ("context", "batch", "keep")),
+            f"{row['share']:.0%}",
+            f"×{row['backward']:.2f}",
+            f"×{row['step']:.2f}",
+            f"{row['variance']:.3f}",
+        ]
+        for row in json.loads((ROOT / "results/gpt/attention.json").read_text())["rows"]
+    ]
+    header = ["context", "batch", "keys kept", "attention's backward in the step"]
+    return _markdown([*header, "with these keys", "step at best", "relative variance"], rows)
+
+
 def regions() -> str:
     rows = []
     for path in sorted((ROOT / "results").glob("region_*.json")):
@@ -375,6 +390,7 @@ TABLES = {
     "layer_time": layer_time,
     "head": head,
     "gpt": gpt,
+    "attention": attention,
     "memory": memory,
     "regions": regions,
     "depth": lambda: _page_table("depth"),
