@@ -6,7 +6,8 @@ The keys of each sequence and head are drawn, and one call of PyTorch's own back
 alone: with the log-sum-exp and the output of all keys, and with ``-log(pi_j)`` added to the scores of key j, its
 results are those of the drawn keys over their inclusion probabilities, hence unbiased in all three gradients:
 
-    dQ_i = sum_j dS_ij K_j,   dK_j = sum_i dS_ij Q_i,   dV_j = sum_i P_ij dO_i,   dS_ij = P_ij (dO_i V_j - dO_i O_i)
+    dQ_i = sum_j dS_ij K_j,   dK_j = sum_i dS_ij Q_i,   dV_j = sum_i P_ij dO_i,
+    dS_ij = P_ij (dO_i V_j - dO_i O_i)
 
 Key j enters one term of dQ, and dK_j and dV_j; the keys are drawn with the probabilities that make the variance
 of the three together least, from their exact norms: what a practical score reaches at best. Its time counts the
@@ -170,8 +171,9 @@ def main() -> None:
     arguments.shapes = [(128, 16), (512, 4), (1024, 2)]
     torch.set_num_threads(arguments.threads)
     rows = measured(arguments)
+    command = "python benchmarks/attention.py --data tinyshakespeare/input.txt"
     result = {
-        "command": f"python benchmarks/attention.py --data tinyshakespeare/input.txt --threads {arguments.threads}",
+        "command": f"{command} --threads {arguments.threads}",
         "device": f"{platform.machine()}, AVX-512 VNNI: {not bs.products.why_slow()}",
         "torch": torch.__version__,
         "rows": rows,
