@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import backsketch as bs
 from backsketch import sampling
@@ -595,6 +595,12 @@ def test_neighbouring_seeds_and_ranks_do_not_overlap(monkeypatch):
 def test_keep_outside_its_range_is_an_error_that_names_it(kind, keep):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: keep .*\(0, 1\]"):
         kind(keep=keep)
+
+
+def test_a_keep_that_old_compilers_made_a_symbol_is_an_error_that_names_the_setting():
+    symbol = fx.Graph().placeholder("keep")
+    with pytest.raises(ValueError, match=r"specialize_float = True"):
+        bs.Rows(keep=fx.Proxy(symbol))
 
 
 BAD_SETTINGS = {

@@ -26,7 +26,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 if TYPE_CHECKING:
     from backsketch.estimators.bilinear import Bilinear
@@ -236,6 +236,11 @@ def _format(value: object) -> str:
 
 def check_keep(owner: object, keep: object) -> None:
     """Raise ValueError unless ``keep`` is a number in (0, 1]."""
+    if isinstance(keep, fx.Proxy):  # PyTorch 2.10 and 2.11, at the second keep in one process
+        raise ValueError(
+            "this version of PyTorch compiles layer sketches with one keep in each process; set "
+            "torch._dynamo.config.specialize_float = True before, or use PyTorch 2.12 or later"
+        )
     number = isinstance(keep, int | float) and not isinstance(keep, bool)
     if not number or not math.isfinite(keep) or not 0 < keep <= 1:  # type: ignore[arg-type, operator]
         raise ValueError(
