@@ -9,6 +9,7 @@ symbols tell which tensors have rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -54,7 +55,8 @@ class Capture:
         self.programs += 1
         call = current()
         assert call is not None, "a region's graph is captured in the region's own call"
-        graphs = _Graphs(self.mode, self.compiler, self.int8 and self.all_rows, self.bits)
+        rows = None if self.all_rows else partial(row_symbols, gm, call, self.row_dims)
+        graphs = _Graphs(self.mode, self.compiler, self.int8 and self.all_rows, self.bits, rows)
         compiled = graphs.capture(gm, inputs)
         if self.all_rows:
             return _reporting(compiled, graphs)
@@ -64,6 +66,8 @@ class Capture:
             symbols = row_symbols(gm, call, self.row_dims)
             return self._pair(graphs, symbols, len(inputs))
         except Coupled as reason:
+            if self.bits is not None:  # nothing is rounded where all rows are computed after all
+                compiled = _Graphs(self.mode, self.compiler).capture(gm, inputs)
             return _exactly(compiled, str(reason))
 
     def _pair(self, graphs: _Graphs, symbols: RowSymbols, num_inputs: int) -> Pair:
@@ -82,6 +86,7 @@ class Capture:
         backward, inputs = graphs.backward_graph()
         kept = KeptBackward.from_graph(apart, backward, inputs, self.compiler)
         program = Program(graphs.run_backward, kept)
+        program.note = "; ".join([program.note, *graphs.notes, *graphs.problems])
         if self.int8:
             rounded, share = in_8_bits(backward)
             program.every = self.compiler.backward(rounded, inputs)
@@ -94,9 +99,14 @@ class _Graphs:
     """What AOTAutograd hands over while it captures one graph: it calls the methods in their order."""
 
     def __init__(
-        self, mode: str, compiler: Compiler, rounded: bool = False, bits: int | None = None
+        self,
+        mode: str,
+        compiler: Compiler,
+        rounded: bool = False,
+        bits: int | None = None,
+        rows: Callable[[], RowSymbols] | None = None,
     ) -> None:
-        self.compiler, self.rounded, self.bits = compiler, rounded, bits
+        self.compiler, self.rounded, self.bits, self.rows = compiler, rounded, bits, rows
         self.notes: list[str] = []
         self.problems: list[str] = []
         self._partition = partition(mode, compiler.inner_partition(mode), self._edited)
@@ -155,7 +165,8 @@ class _Graphs:
         if self.bits is None:
             return joint
         try:
-            return round_saved(joint, self.bits, self.rounded and self.bits == 8)
+            products, rows = self.rounded and self.bits == 8, self.rows and self.rows()
+            return round_saved(joint, self.bits, products, rows)
         except Coupled as reason:
             self.problems.append(str(reason))
             return joint

@@ -107,10 +107,10 @@ class Program:
     """A captured backward graph on all rows, and on the kept ones.
 
     ``verified`` are the regions for which the sum over two parts of their first batch has reproduced the exact
-    gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows. Each checks for
-    itself though they share the graph, or what a region draws would depend on what the process did before. Where
-    products are computed in 8 bits, ``every`` does it on all rows and ``rounded`` on kept ones; ``note`` tells
-    their share.
+    gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows (from what was kept in
+    a few bits, if that was asked for: that is unbiased still). Each checks for itself though they share the graph,
+    or what a region draws would depend on what the process did before. Where products are computed in 8 bits,
+    ``every`` does it on all rows and ``rounded`` on kept ones; ``note`` tells their share.
     """
 
     exact: Runner

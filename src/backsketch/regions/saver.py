@@ -15,8 +15,9 @@ from backsketch.regions import low_precision as low
 from backsketch.regions.again import run_attention_again
 from backsketch.regions.graphs import call
 from backsketch.regions.partition import args_of, backward_nodes, name_of
+from backsketch.regions.row_groups import RowGroups
 from backsketch.regions.share import numel
-from backsketch.regions.structure import is_random
+from backsketch.regions.structure import RowSymbols, is_random
 
 __all__ = ["RESHAPES", "SEED", "STREAM", "Saver", "Use", "source_of"]
 
@@ -63,17 +64,21 @@ def _expands_nothing(node: fx.Node) -> bool:
 class Saver:
     """Edits one joint graph.
 
-    ``apart`` and ``kept_exact`` name the tensors that each reader rounds for itself, and those that are kept as
-    they are; ``rounded_at`` tells for each rounding the name of its tensor.
+    ``symbols`` stand for the rows, where the backward pass is to run on some of them: then only tensors whose rows
+    consist of whole groups are rounded, so that the codes of a row can be taken. ``apart`` and ``kept_exact`` name
+    the tensors that each reader rounds for itself, and those that are kept as they are; ``rounded_at`` tells for
+    each rounding the name of its tensor.
     """
 
     graph: fx.Graph
     bits: int
     products: bool
+    symbols: RowSymbols | None = None
     apart: set[str] = field(default_factory=set)
     kept_exact: set[str] = field(default_factory=set)
     rounded_at: dict[fx.Node, str] = field(default_factory=dict)
     backward: set[fx.Node] = field(default_factory=set)
+    _rows: RowGroups | None = None
     _again: set[fx.Node] = field(default_factory=set)
     _exact: set[fx.Node] = field(default_factory=set)
     _early: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -85,6 +90,9 @@ class Saver:
         """Edit the graph; ``use_of`` knows the operators."""
         self._again = run_attention_again(self.graph)
         self.backward = backward_nodes(self.graph)
+        if self.symbols is not None:
+            forward = (n for n in self.graph.nodes if n not in self.backward)
+            self._rows = RowGroups(self.symbols, forward)
         for node in self._again:
             if not _is_view(node):
                 self._keep(node.all_input_nodes)
@@ -133,11 +141,15 @@ class Saver:
         if source.op != "call_function" or not isinstance(value, Tensor):
             return False
         many = value.dim() > 0 and value.shape[-1] != 1 and numel(value) > 0
-        return many and value.is_floating_point() and self._can_be_early(source)
+        fits = many and value.is_floating_point() and self._fits(node, low.GROUP)
+        return fits and self._can_be_early(source)
 
     def can_mask(self, node: fx.Node) -> bool:
-        """Whether a tensor of truth values can be kept as bits."""
-        return numel(node.meta["val"]) >= low.MASK_BLOCK
+        """Whether one bit for each entry of a tensor can be kept."""
+        return self._fits(node, low.MASK_BLOCK)
+
+    def _fits(self, node: fx.Node, size: int) -> bool:
+        return self._rows is None or self._rows.fit(node, size)
 
     def is_early(self, node: fx.Node) -> bool:
         """Whether a node belongs to the forward pass and runs there."""

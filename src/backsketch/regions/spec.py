@@ -39,7 +39,8 @@ class Region(Sketch):
         save: ``"int8"`` or ``"int4"`` keeps what the backward graph reads in a few bits, rounded
             stochastically, where an operator is linear in it: inputs of matrix products, derivatives of
             activations, norms (by two roundings). Fused attention runs again, with the linear layers and the norm
-            in front of it; what unknown operators read stays as it is. Only with ``keep=1`` and ``mode="save"``.
+            in front of it; what unknown operators read stays as it is. Below ``keep=1`` the codes of the kept rows
+            are taken: only tensors whose rows have a multiple of 64 entries are rounded. Needs ``mode="save"``.
         mode: ``"save"`` keeps the activations of the exact forward pass and slices them, at cost
             ``1 + 2 keep`` (a forward pass is 1); ``"recompute"`` keeps the inputs only and recomputes
             the kept rows, dropout masks included, at cost ``1 + 3 keep``.
@@ -68,9 +69,9 @@ class Region(Sketch):
         check_choice(self, "mode", self.mode, ("save", "recompute"))
         check_choice(self, "arithmetic", self.arithmetic, ("exact", "int8"))
         check_choice(self, "save", self.save, ("exact", "int8", "int4"))
-        if self.save != "exact" and (self.keep != 1 or self.mode != "save"):
+        if self.save != "exact" and self.mode != "save":
             raise ValueError(
-                f"Region: save={self.save!r} keeps rounded tensors of all rows: it needs keep=1.0 and mode='save'"
+                f"Region: save={self.save!r} needs mode='save': a recompute keeps its inputs alone"
             )
         check_choice(self, "design", self.design, ROW_DESIGNS)
 

@@ -189,7 +189,7 @@ def _threshold(saver: Saver, node: fx.Node) -> Use | None:
     """A ReLU: one bit an entry."""
     g, y = args_of(node)[:2]
     fits = _is_cotangent(saver, g) and saver.can_round(y) and _same_kind(g, y)
-    return Use(y, _replace_threshold) if fits else None
+    return Use(y, _replace_threshold) if fits and saver.can_mask(y) else None
 
 
 def _replace_threshold(saver: Saver, node: fx.Node) -> None:

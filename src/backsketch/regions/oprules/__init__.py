@@ -7,6 +7,8 @@ pointwise ones, which PyTorch tags.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -19,6 +21,7 @@ from backsketch.regions.oprules import (
     pointwise,
     products,
     reductions,
+    saved,
     views,
 )
 from backsketch.regions.oprules.registry import RULES
@@ -26,7 +29,7 @@ from backsketch.regions.structure import Coupled, Label, Proof, describe
 
 __all__ = ["KINDS", "RULES", "label_of"]
 
-KINDS = (attention, leading, lines, lookups, losses, pointwise, products, reductions, views)
+KINDS = (attention, leading, lines, lookups, losses, pointwise, products, reductions, saved, views)
 """The modules that fill :data:`RULES`."""
 
 _NAMESPACES = ("aten", "prims")
@@ -36,7 +39,7 @@ def label_of(proof: Proof, node: fx.Node) -> Label:
     """Apply the rule of the node's operator."""
     target = node.target
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
-    if getattr(target, "namespace", "") not in _NAMESPACES:
+    if getattr(target, "namespace", "") not in _NAMESPACES and not _is_ours(target, name):
         raise Coupled(f"{describe(node)} is not known to keep rows apart")
     schema = getattr(target, "_schema", None)
     if schema is not None and schema.is_mutable:
@@ -48,6 +51,10 @@ def label_of(proof: Proof, node: fx.Node) -> Label:
     if not any(proof.layout(n) for n in node.all_input_nodes) and not _has_rows(proof, node):
         return None
     raise Coupled(f"{describe(node)} is not known to keep rows apart")
+
+
+def _is_ours(target: Any, name: str) -> bool:
+    return getattr(target, "namespace", "") == "backsketch" and name in saved.OPERATORS
 
 
 def _has_rows(proof: Proof, node: fx.Node) -> bool:
