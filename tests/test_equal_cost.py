@@ -16,6 +16,7 @@ pytest.importorskip("typer")
 
 from backsketch import models
 from backsketch.experiments import Store, SweepConfig, SweepError, run_sweep
+from backsketch.experiments.bench import checkpointed
 from backsketch.experiments.problems import step_time, training
 from backsketch.experiments.report import report
 from backsketch.experiments.store import SWEEP, Sweep, write
@@ -28,7 +29,6 @@ from backsketch.experiments.views.arms import (
     relative_step,
     relative_time,
 )
-from backsketch.planning.bench import checkpointed
 from helpers import quiet, sweep_config
 
 SMALL = {"model_options": {"widths": [16]}}

@@ -26,7 +26,7 @@ from backsketch.planning.plan.frontier import frontier
 from backsketch.planning.plan.knapsack import choose
 from backsketch.planning.profiling import observe, profiler, sites, times
 from backsketch.planning.profiling.noise import region_noise
-from backsketch.planning.profiling.progress import stages
+from backsketch.planning.profiling.profiler import stages
 from backsketch.planning.profiling.records import MaskOption, Option, SiteProfile, Trial
 from backsketch.planning.profiling.sites import find_sites
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from backsketch.planning.bench import BenchConfig, as_json, run_bench, table
+from backsketch.experiments.bench import BenchConfig, as_json, run_bench, table
 
 __all__ = ["bench_command"]
 

@@ -88,7 +88,7 @@ class Profile(ProfileData):
         Raises:
             ModuleNotFoundError: matplotlib is missing; it is in the extra ``backsketch[train]``.
         """
-        from backsketch.planning.plots.profile import plot_profile
+        from backsketch.planning.plots import plot_profile
 
         return plot_profile(self, plan)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from backsketch.experiments.bench import checkpointed, clock_of
 from backsketch.experiments.problems.data import data_for
 from backsketch.experiments.problems.training import Training, WatchedTrainer, config_of
-from backsketch.planning.bench import checkpointed, clock_of
 from backsketch.planning.measure import step as measure
 from backsketch.train.setup import make_accelerator
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from backsketch.planning.ledger.closed_forms import Injected, measured_rows, own_weights, predicted
+from backsketch.planning.ledger.closed_forms import Injected, own_weights, predicted
 from backsketch.planning.ledger.records import Ledger, SiteError
 from backsketch.planning.measure.errors import squared_distance, squared_errors, squared_norm
 from backsketch.planning.measure.passes import (
@@ -22,6 +22,7 @@ from backsketch.planning.measure.passes import (
     passes,
     sketched_sites,
 )
+from backsketch.planning.measure.rows import draw_errors
 from backsketch.regions import Mask, Region, state_of
 from backsketch.rules import unwrap
 from backsketch.theory.noise import GradientSums
@@ -178,15 +179,16 @@ class _SiteTally:
 
     def inject(self, run: Passes, name: tuple[int, int], exact: Caught, noisy: Caught) -> None:
         """The error on what travels on, in the pass of that name in which only this site is active."""
-        rows = isinstance(self.site.sketch, (Region, Mask))
-        self.energy.add(squared_norm(exact.cotangents if rows else exact.grad_inputs))
-        if rows:
-            if len(exact.cotangents) != 1:
-                return self.injected.add(None)
-            run.keys.restart(*name)
-            run.keys.at(self.site.index)
-            return self.injected.add(measured_rows(self.site, exact.cotangents[0]))
-        self.injected.add(squared_distance(exact.grad_inputs, noisy.grad_inputs))
+        sketch = self.site.sketch
+        if not isinstance(sketch, (Region, Mask)):
+            self.energy.add(squared_norm(exact.grad_inputs))
+            return self.injected.add(squared_distance(exact.grad_inputs, noisy.grad_inputs))
+        self.energy.add(squared_norm(exact.cotangents))
+        if len(exact.cotangents) != 1:
+            return self.injected.add(None)
+        run.keys.restart(*name)
+        run.keys.at(self.site.index)
+        self.injected.add(squared_norm(draw_errors(sketch, exact.cotangents)))
 
     def row(self, names: list[str]) -> SiteError:
         isolated, joint = self.isolated.totals, self.joint.totals

@@ -16,12 +16,11 @@ from backsketch import sampling
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.nn.registry import adapter_of
 from backsketch.planning.measure.passes import Caught, SketchedSite
-from backsketch.planning.measure.rows import relative_errors
 from backsketch.regions import Mask, Region
 from backsketch.regions import rows as row_ops
 from backsketch.theory import variance
 
-__all__ = ["Injected", "measured_rows", "own_weights", "predicted"]
+__all__ = ["Injected", "own_weights", "predicted"]
 
 
 @dataclass(frozen=True)
@@ -83,18 +82,3 @@ def _row_draw(sketch: Region | Mask, cotangent: Tensor) -> tuple[Tensor, int]:
     n = math.prod(cotangent.shape[: sketch.row_dims])
     live = int(torch.count_nonzero(scores)) if isinstance(sketch, Region) else n
     return scores, min(n, sampling.num_kept(live, sketch.keep)) if live else n
-
-
-def measured_rows(site: SketchedSite, cotangent: Tensor) -> float:
-    """``‖error‖²`` that the next draw of a region or mask puts on this cotangent."""
-    assert isinstance(site.sketch, (Region, Mask))
-    scores, k = _row_draw(site.sketch, cotangent)
-    design = site.sketch.design
-    block = row_ops.tokens(cotangent.shape[: site.sketch.row_dims])
-    if isinstance(site.sketch, Region):
-        sample = sampling.draw_live(scores, site.sketch.keep, design=design, block=block)
-    else:
-        seed = sampling.next_seed(cotangent)
-        sample = sampling.draw(scores, k, seed, design=design, block=block)
-    factors = relative_errors(scores, sample).double()
-    return float((factors * scores.double()).square().sum())

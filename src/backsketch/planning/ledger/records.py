@@ -215,6 +215,6 @@ class Ledger:
         Raises:
             ModuleNotFoundError: matplotlib is missing; it is in the extra ``backsketch[train]``.
         """
-        from backsketch.planning.plots.ledger import plot_ledger
+        from backsketch.planning.plots import plot_ledger
 
         return plot_ledger(self)

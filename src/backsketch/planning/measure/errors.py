@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backsketch.planning.measure.passes import LossFn, passes
+from backsketch.planning.measure.passes import LossFn, has_region, passes
 from backsketch.theory.noise import GradientSums
 
 __all__ = ["ExtraVariance", "extra_variance", "squared_distance", "squared_errors", "squared_norm"]
@@ -66,14 +66,19 @@ class ExtraVariance:
 
 
 def extra_variance(
-    model: nn.Module, batches: Sequence[Any], loss_fn: LossFn[Any], draws: int
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss_fn: LossFn[Any],
+    draws: int,
+    exact: Sequence[Sequence[Tensor]] = (),
 ) -> ExtraVariance:
-    """Measure a sketched model: for every batch the exact gradient, and ``draws`` sketched ones."""
+    """Measure a sketched model: draws on every batch beside its exact gradient, which ``exact`` may hold."""
     found = ExtraVariance()
     with passes(model, loss_fn) as run:
         everything = [site.index for site in run.sites]
-        run.gradient(batches[0], 0, everything)  # regions check their rows
+        if any(has_region(site) for site in run.sites):
+            run.gradient(batches[0], 0, everything)  # they check their rows
         for number, batch in enumerate(batches):
-            exact = run.gradient(batch, number)
-            found.add(exact, (run.gradient(batch, number, everything, i) for i in range(draws)))
+            gradient = exact[number] if exact else run.gradient(batch, number)
+            found.add(gradient, (run.gradient(batch, number, everything, i) for i in range(draws)))
     return found

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from backsketch.nn.registry import adapter_of
-from backsketch.sampling import Sample
+from backsketch.regions import Mask, Region
+from backsketch.regions.mask import masked_rows
+from backsketch.regions.rows import scores, tokens
+from backsketch.sampling import draw_live
 
 __all__ = [
     "RowCurve",
     "column_scores",
+    "draw_errors",
     "layer_scores",
     "least_errors",
-    "relative_errors",
     "row_curve",
 ]
 
@@ -83,7 +86,7 @@ def least_errors(ascending: Tensor, kept: Tensor) -> Tensor:
     return (total.square() / (kept - larger[last]) - squares.gather(1, last)).clamp(min=0)
 
 
-# --- scores -----------------------------------------------------------------------------------------
+# --- scores and draws -----------------------------------------------------------------------------------------
 
 
 def layer_scores(layer: nn.Module, x: Tensor | None, cotangent: Tensor) -> Tensor:
@@ -109,8 +112,14 @@ def _rows(layer: nn.Module, t: Tensor) -> Tensor:
     return adapter.rows(t.detach()).flatten(1)
 
 
-def relative_errors(scores: Tensor, sample: Sample | None) -> Tensor:
-    """``(rows,)``: by which factor of itself a drawn row is off, -1 for one that was not drawn."""
-    if sample is None:
-        return torch.zeros_like(scores)
-    return torch.full_like(scores, -1.0).index_add(0, sample.indices, sample.weights)
+def draw_errors(sketch: Region | Mask, cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """What the next draw of a region or mask is off by, at each of several cotangents that share their rows."""
+    dims = sketch.row_dims
+    if isinstance(sketch, Mask):
+        return [masked_rows(g, sketch.keep, dims, sketch.design) - g for g in cotangents]
+    row_scores, shape = scores(cotangents, dims), cotangents[0].shape[:dims]
+    sample = draw_live(row_scores, sketch.keep, design=sketch.design, block=tokens(shape))
+    if sample is None:  # all rows are kept
+        return [torch.zeros_like(g) for g in cotangents]
+    factors = torch.full_like(row_scores, -1.0).index_add(0, sample.indices, sample.weights)
+    return [g * factors.to(g.dtype).view(*shape, *[1] * (g.ndim - dims)) for g in cotangents]

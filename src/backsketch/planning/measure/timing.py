@@ -10,7 +10,16 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Timing", "compared", "synchronize", "timed"]
+__all__ = [
+    "OF_A_PLAN",
+    "OF_A_SITE",
+    "OF_A_TRIAL",
+    "Effort",
+    "Timing",
+    "compared",
+    "synchronize",
+    "timed",
+]
 
 T = TypeVar("T")
 
@@ -50,13 +59,38 @@ class Timing:
         return cls(middle, 1.2533 * deviation / max(n - 1, 1) ** 0.5 if n > 1 else abs(middle))
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long a comparison of timings goes on.
+
+    Attributes:
+        fewest, most: turns that every way takes.
+        known: a way is timed no more once the error of its difference is below this fraction of the exact time, or
+            it is slower than exact by three errors.
+        seconds: per way and exact; none is timed beyond the fewest turns once this time has passed.
+    """
+
+    fewest: int
+    most: int
+    known: float = 0.03
+    seconds: float = 0.5
+
+
+OF_A_SITE = Effort(3, 4, known=0.05)
+"""Many sketches of many sites, in a profile."""
+
+OF_A_TRIAL = Effort(2, 6)
+"""A whole plan, before a profile proposes it."""
+
+OF_A_PLAN = Effort(7, 15, known=0.015, seconds=2)
+"""A plan that a user asks about."""
+
+
 def compared(
     exactly: Callable[[], object],
     others: Sequence[Callable[[], object]],
+    effort: Effort,
     *,
-    rounds: tuple[int, int] = (3, 10),
-    known: float = 0.03,
-    seconds: float = 0.5,
     warm: bool = False,
 ) -> tuple[list[Timing], Timing]:
     """Time exact work and others in turns, so that another job on the machine slows down all of them.
@@ -64,11 +98,8 @@ def compared(
     Args:
         exactly: what the others are compared with.
         others: ways to do it.
-        rounds: the fewest and the most.
-        known: a way is timed no more once the error of its difference is below this fraction of the exact time, or
-            it is slower than exact by three errors.
-        seconds: per way and exact; none is timed beyond the fewest rounds once this time has passed.
-        warm: whether the ways have been run before; else a round that is not counted comes first.
+        effort: how long.
+        warm: whether the ways have been run before; else a turn that is not counted comes first.
 
     Returns:
         The differences to exact, and the exact time.
@@ -76,16 +107,16 @@ def compared(
     base: list[float] = []
     differences: list[list[float]] = [[] for _ in others]
     unknown = list(range(len(others)))
-    end = time.perf_counter() + seconds * (1 + len(others))
-    for turn in range(warm, rounds[1] + 1):
+    end = time.perf_counter() + effort.seconds * (1 + len(others))
+    for turn in range(warm, effort.most + 1):
         ways = [(None, exactly), *((i, others[i]) for i in unknown)]
         taken = {i: timed(way)[0] for i, way in ways[:: 1 if turn % 2 else -1]}
         if turn:
             base.append(taken[None])
             for i in unknown:
                 differences[i].append(taken[i] - taken[None])
-        if turn >= rounds[0]:
-            least = known * Timing.of(base).seconds
+        if turn >= effort.fewest:
+            least = effort.known * Timing.of(base).seconds
             unknown = [i for i in unknown if not _is_known(Timing.of(differences[i]), least)]
             if not unknown or time.perf_counter() > end:
                 break

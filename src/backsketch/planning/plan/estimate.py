@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["CAUTION", "CostEstimate"]
+import torch
+from torch import nn
+
+from backsketch.memory import kept_by
+from backsketch.nn.swap import exact
+from backsketch.planning.measure.errors import extra_variance
+from backsketch.planning.measure.passes import LossFn
+from backsketch.planning.measure.timing import OF_A_PLAN, Effort, compared
+from backsketch.theory.cost import time_to_target_ratio
+from backsketch.untouched import untouched
+
+__all__ = ["CAUTION", "CostEstimate", "measured_cost", "measured_ratio"]
 
 CAUTION = 2.0
 """Standard errors of a timing by which a sketch has to win: the best of many noisy timings is too good."""
@@ -47,3 +60,46 @@ class CostEstimate:
             f"a step takes {self.time_ratio:.2f} of exact, extra variance {self.extra_variance:.3f} of SGD's, "
             f"{self.saved_bytes / 2**20:.1f} MiB saved; time to a target {self.rho:.2f} of exact"
         )
+
+
+def measured_cost(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn[Any],
+    predicted: CostEstimate,
+    draws: int,
+) -> CostEstimate:
+    """What a sketched model costs, beside what was predicted of it: see :meth:`Plan.measure`."""
+    data = list(batches)
+    if len(data) < 2:
+        raise ValueError(f"measure: needs at least two batches, got {len(data)}")
+    with untouched(model, training=True, seed=0):
+        noise = extra_variance(model, data, loss_fn, draws)
+        ratio, error = measured_ratio(model, data[0], loss_fn, OF_A_PLAN)
+        size = kept_by(model, lambda: loss_fn(model, data[0])).total
+    return replace(
+        predicted,
+        time_ratio=ratio,
+        extra_variance=noise.omega,
+        saved_bytes=size,
+        rho=time_to_target_ratio(ratio, 1 + noise.omega, noise.sums.noise_scale),
+        standard_error=noise.standard_error,
+        time_error=error,
+    )
+
+
+def measured_ratio(
+    model: nn.Module, batch: Any, loss_fn: LossFn[Any], effort: Effort
+) -> tuple[float, float]:
+    """Seconds of a sketched step over those of an exact one, and the standard error; both have been run before."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
+
+    def exactly() -> None:
+        with exact(model):
+            step()
+
+    (difference,), base = compared(exactly, [step], effort, warm=True)
+    return max(1 + difference.seconds / base.seconds, 0.0), difference.error / base.seconds

@@ -11,8 +11,7 @@ from torch import nn
 from backsketch.estimators import Sketch, parse
 from backsketch.nn.swap import is_swapped
 from backsketch.planning.measure.passes import LossFn
-from backsketch.planning.plan.estimate import CostEstimate
-from backsketch.planning.plan.validation import measured_cost
+from backsketch.planning.plan.estimate import CostEstimate, measured_cost
 
 __all__ = ["Plan"]
 

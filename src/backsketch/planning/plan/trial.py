@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
 
 from backsketch.convert import restore_, sketch_
-from backsketch.planning.measure.errors import ExtraVariance
-from backsketch.planning.measure.passes import LossFn, has_region, passes
-from backsketch.planning.measure.timing import compared
+from backsketch.planning.measure.errors import extra_variance
+from backsketch.planning.measure.passes import LossFn
+from backsketch.planning.measure.timing import OF_A_TRIAL
+from backsketch.planning.plan.estimate import measured_ratio
 from backsketch.planning.plan.plan import Plan
 from backsketch.planning.plan.search import make_plan
 from backsketch.planning.profiling.records import ProfileData, Trial
 
 __all__ = ["tried"]
 
-_TRIALS = 2  # the plan for time, and the next best where that does not hold
-_ROUNDS = (2, 6)
+_PLANS = 2  # that for time, and the next best where it does not hold
 
 
 def tried(
@@ -41,7 +42,7 @@ def tried(
         tick: is told what is being done.
     """
     holds = False
-    for _ in range(_TRIALS):
+    for _ in range(_PLANS):
         tick("the plan as a whole")
         plan = None if holds else make_plan(profile, "time", None, None, None)
         holds = plan is None or plan.is_exact or any(plan.texts == t.rules for t in profile.trials)
@@ -61,25 +62,8 @@ def _trial(
 ) -> Trial:
     sketch_(model, plan.rules)
     try:
-        with passes(model, loss_fn) as run:
-            everything = [site.index for site in run.sites]
-            if any(has_region(site) for site in run.sites):
-                run.gradient(data[0], 0, everything)  # regions check their rows
-            noise = ExtraVariance()
-            for number, gradient in enumerate(exact):
-                noise.add(gradient, [run.gradient(data[number], number, everything)])
-            (difference,), base = compared(
-                lambda: run.gradient(data[0], 0),
-                [lambda: run.gradient(data[0], 0, everything)],
-                rounds=_ROUNDS,
-                warm=True,
-            )
+        noise = extra_variance(model, data[: len(exact)], loss_fn, 1, exact)
+        ratio, error = measured_ratio(model, data[0], loss_fn, OF_A_TRIAL)
     finally:
         restore_(model)
-    error = sum(noise.errors) / len(noise.errors)
-    return Trial(
-        dict(plan.texts),
-        1 + difference.seconds / base.seconds,
-        difference.error / base.seconds,
-        error / profile.sgd_variance,
-    )
+    return Trial(dict(plan.texts), ratio, error, fmean(noise.errors) / profile.sgd_variance)

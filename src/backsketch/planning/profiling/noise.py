@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from backsketch import sampling
 from backsketch.planning.measure.errors import squared_norm
 from backsketch.planning.measure.passes import Passes
 from backsketch.planning.measure.recorder import Call, Calls
-from backsketch.planning.measure.rows import relative_errors
+from backsketch.planning.measure.rows import draw_errors
 from backsketch.planning.profiling.families import REFERENCE
 from backsketch.planning.profiling.sites import Site
-from backsketch.regions import Region
-from backsketch.regions.mask import masked_rows
-from backsketch.regions.rows import scores, tokens
+from backsketch.regions import Mask, Region
 
 __all__ = ["MASK_REFERENCE", "Noise", "mask_noise", "region_noise"]
 
@@ -81,11 +78,11 @@ def _errors(
 ) -> list[Tensor]:
     """Of a draw of the rows of each call; the calls' cotangents follow each other."""
     assert row_dims is not None
-    rest = iter(cotangents)
+    region, rest = Region(REFERENCE, row_dims), iter(cotangents)
     return [
         error
         for call in calls
-        for error in _region_error([next(rest) for _ in call.cotangents], row_dims)
+        for error in draw_errors(region, [next(rest) for _ in call.cotangents])
     ]
 
 
@@ -93,19 +90,7 @@ def mask_noise(run: Passes, call: Call, number: int) -> float:
     """Of a mask on the model's output at its reference keep, one draw."""
     (g,), (edge,) = call.cotangents, call.edges
     run.keys.restart(number, 0)
-    return squared_norm(_down(run, [edge], [masked_rows(g, MASK_REFERENCE, 1) - g], []))
-
-
-def _region_error(cotangents: Sequence[Tensor], row_dims: int) -> list[Tensor]:
-    row_scores = scores(cotangents, row_dims)
-    design = Region(REFERENCE, row_dims).design
-    block = tokens(cotangents[0].shape[:row_dims])
-    sample = sampling.draw_live(row_scores, REFERENCE, design=design, block=block)
-    factors = relative_errors(row_scores, sample)
-    return [
-        g * factors.to(g.dtype).view(*g.shape[:row_dims], *[1] * (g.ndim - row_dims))
-        for g in cotangents
-    ]
+    return squared_norm(_down(run, [edge], draw_errors(Mask(MASK_REFERENCE), [g]), []))
 
 
 def _down(

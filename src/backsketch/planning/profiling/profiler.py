@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,6 @@ from backsketch.nn.swap import is_swapped
 from backsketch.planning.measure.passes import LossFn
 from backsketch.planning.profiling.assembly import assembled
 from backsketch.planning.profiling.observe import observe
-from backsketch.planning.profiling.progress import stages
 from backsketch.planning.profiling.records import ProfileData
 from backsketch.planning.profiling.sites import find_sites
 from backsketch.planning.profiling.times import site_costs
@@ -22,7 +22,7 @@ from backsketch.regions import RunsExactly
 from backsketch.rules import unwrap
 from backsketch.untouched import untouched
 
-__all__ = ["NothingToSketch", "measured"]
+__all__ = ["NothingToSketch", "measured", "stages"]
 
 _BATCHES = 4  # for SGD's own noise
 _STAGES = 4  # and one per batch
@@ -85,3 +85,26 @@ def _measured(
     tick("times of sketches")
     costs = site_costs(model, sites, seen.calls)
     return assembled(sites, seen, costs), seen.exact
+
+
+@contextmanager
+def stages(name: str, total: int, show: bool) -> Iterator[Callable[[str], None]]:
+    """A progress bar, where there are a terminal and rich: a function that begins the next stage, by its name."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        yield lambda text: None
+        return
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    shown = show and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(name, total=total, note="", completed=-1)
+        yield lambda text: bar.update(task, advance=1, note=text)

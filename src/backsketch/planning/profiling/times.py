@@ -14,14 +14,12 @@ from backsketch.estimators import Sketch
 from backsketch.memory import kept_by
 from backsketch.planning.measure.errors import squared_distance, squared_norm
 from backsketch.planning.measure.recorder import Call, rerun
-from backsketch.planning.measure.timing import compared, timed
+from backsketch.planning.measure.timing import OF_A_SITE, compared, timed
 from backsketch.planning.profiling.families import FAMILIES
 from backsketch.planning.profiling.sites import Site
 from backsketch.untouched import repeatable
 
 __all__ = ["Cost", "SiteCosts", "site_costs"]
-
-_ROUNDS, _KNOWN = (3, 4), 0.05
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def _of_kind(module: nn.Module, site: Site, call: Call) -> SiteCosts:
             twins = [_Twin(module, call, f.rules(site, f.timed_at), site.name) for f in fitting]
             if not twins:
                 continue
-            times, base = compared(exact.run, [t.run for t in twins], rounds=_ROUNDS, known=_KNOWN)
+            times, base = compared(exact.run, [t.run for t in twins], OF_A_SITE)
             backward = backward or max(base.seconds - forward, 0.0)
             for f, twin, time in zip(fitting, twins, times):
                 more = f.growth or (0.0, 0.0)

@@ -1,1 +1,0 @@
-"""The figures of a profile and of a ledger."""
