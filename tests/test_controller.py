@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import backsketch as bs
 from backsketch import sampling
 from backsketch.planning import Profile
-from backsketch.planning.control import calibration, controller
+from backsketch.planning.control import calibration, observer
 from backsketch.planning.control.costs import StepCosts
 from backsketch.planning.control.estimate import Estimate
 from backsketch.planning.control.looks import Looks
@@ -308,13 +308,13 @@ def test_the_estimate_is_what_a_monte_carlo_finds(digits, rules):
 
 
 def test_a_variance_of_sgd_that_is_off_by_a_factor_of_two_is_noticed(digits, monkeypatch):
-    measure = controller.measure
+    measure = observer.measure
 
     def wrong(*arguments):
         found = measure(*arguments)
         return dataclasses.replace(found, sgd=2 * found.sgd)
 
-    monkeypatch.setattr(controller, "measure", wrong)
+    monkeypatch.setattr(observer, "measure", wrong)
     with pytest.raises(AssertionError):
         check_estimate(digits, bs.Region(keep=0.5))
 
@@ -325,7 +325,7 @@ def test_without_a_target_the_time_to_a_loss_is_the_least(digits):
     control = bs.Controller(model, None, interval=20)
     train(model, digits, 100, control)
     (keep,) = control.keeps.values()
-    estimate, beta = control._estimate, control.noise_scale
+    estimate, beta = control._observer.estimate, control.noise_scale
     rho = {
         k: bs.theory.time_to_target_ratio(
             bs.theory.region_step_cost(k), 1 + estimate.total((k,)), beta
@@ -342,7 +342,7 @@ def test_accumulated_micro_batches_share_one_gradient(digits):
         bs.sketch_(model, bs.Region(keep=0.5))
         control = bs.Controller(model, 0.1, interval=2)
         train(model, digits, 12, control, parts=parts, lr=0.0)
-        found[parts] = control._estimate.total((0.5,)), control.noise_scale
+        found[parts] = control._observer.estimate.total((0.5,)), control.noise_scale
     assert found[4][0] == pytest.approx(found[1][0], rel=0.4)
     assert found[4][1] == pytest.approx(found[1][1] / 4, rel=0.4)
 
@@ -473,7 +473,7 @@ def test_an_armed_model_copies_and_pickles_and_is_restored(digits):
     with bs.Controller(model, 0.1) as control:
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             loss_of(twin, drawn(digits, 0)[0]).backward()
-        assert control._recorder.call is None  # a copy's calls are not the model's
+        assert control._observer._recorder.call is None  # a copy's calls are not the model's
         train(model, digits, 8, control)
         bs.restore_(model)
         with pytest.raises(RuntimeError, match="changed or removed"):
@@ -613,7 +613,7 @@ def test_bad_input_is_named_and_changes_nothing():
         bs.Controller("model")
     assert model._backsketch == bs.Region(keep=0.33)
     assert not model._forward_hooks
-    assert 0.33 in bs.Controller(model)._estimate.ladder
+    assert 0.33 in bs.Controller(model)._observer.estimate.ladder
 
 
 # --- theory -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from backsketch.planning.auto.auto import Auto as Auto
 from backsketch.planning.auto.budget import Budget as Budget
 from backsketch.planning.auto.guard import SpeedGuard as SpeedGuard
 from backsketch.planning.control.controller import Controller as Controller
-from backsketch.planning.control.log import Change as Change
+from backsketch.planning.control.moves import Change as Change
 from backsketch.planning.facade import Profile as Profile
 from backsketch.planning.facade import profile as profile
 from backsketch.planning.ledger.account import variance as variance

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from torch import nn
 
 from backsketch.planning.control.arguments import called_module, check
-from backsketch.planning.control.calibration import Measured, Unmeasurable, measure, over_ranks
 from backsketch.planning.control.costs import StepCosts
-from backsketch.planning.control.decision import Refused, Situation
-from backsketch.planning.control.estimate import Estimate
-from backsketch.planning.control.log import REFUSAL, Change, plans_of
-from backsketch.planning.control.looks import Looks
+from backsketch.planning.control.decision import decide
+from backsketch.planning.control.moves import Change, Moves
+from backsketch.planning.control.observer import Observer
 from backsketch.planning.control.ranks import gathered
 from backsketch.planning.control.schedule import Schedule
-from backsketch.planning.control.sites import movable_sites, set_keeps
-from backsketch.planning.measure.replay import Recorder
-from backsketch.planning.profiling.families import FINE_LADDER
+from backsketch.planning.control.sites import movable_sites
 from backsketch.planning.profiling.records import ProfileData
-from backsketch.regions import state_of
 from backsketch.rules import unwrap
 from backsketch.theory.advice import effective_batch, in_words
 
@@ -94,51 +88,45 @@ class Controller:
         overhead: float = 0.01,
         max_plans: int | None = None,
     ) -> None:
-        self._model = unwrap(model)
-        self._sites = sites = movable_sites(self._model)
+        own = unwrap(model)
+        self._sites = sites = movable_sites(own)
         check(
             sites, target_extra_variance, warmup, finish, total_steps, interval, overhead, max_plans
         )
-        self._called = called_module(model)
-        if max_plans is None and self._called is not self._model:
+        called = called_module(model)
+        if max_plans is None and called is not own:
             max_plans = _COMPILED_PLANS
         self.target, self._max_plans = target_extra_variance, max_plans
-        self._costs = None if profile is None else StepCosts.from_profile(profile, sites)
         exact_from = total_steps - finish if finish and total_steps is not None else None
         self._schedule = Schedule(warmup, exact_from, interval, overhead)
-        self._keeps, self._exact = tuple(s.keep for s in sites), (1.0,) * len(sites)
-        ladder = sorted({*FINE_LADDER, *self._keeps}, reverse=True)
-        is_whole_model = len(sites) == 1 and not (sites[0].name or sites[0].is_layer)
-        self._estimate = Estimate(tuple(ladder), len(sites), is_whole_model)
-        self._looks = Looks(sites, ladder)
-        self._recorder: Recorder | None = None
-        self._log: list[Change] = []
+        costs = None if profile is None else StepCosts.from_profile(profile, sites)
+        self._observer = Observer(own, called, sites, costs)
+        self._moves = Moves(sites, self._observer.estimate)
         self._closed = False
         if warmup:
-            self._move(self._exact, f"exact warm-up of {warmup} steps")
+            self._moves.go_exact(f"exact warm-up of {warmup} steps", 0)
         self._arm()
 
     @property
     def keeps(self) -> dict[str, float]:
         """Name of the module -> the keep in force; 1 is exact."""
-        return {site.name: keep for site, keep in zip(self._sites, self._keeps)}
+        return self._moves.by_name
 
     @property
     def log(self) -> tuple[Change, ...]:
         """Every change and every refusal, in order."""
-        return tuple(self._log)
+        return tuple(self._moves.log)
 
     @property
     def extra_variance(self) -> float | None:
         """The present estimate of ω at the keeps in force; None before the first measurement."""
-        if self._keeps == self._exact:
-            return 0.0
-        return self._estimate.total(self._keeps) if self._estimate.is_known else None
+        return self._moves.extra_variance
 
     @property
     def noise_scale(self) -> float | None:
         """The present estimate of β of an optimizer step; None before the first measurement."""
-        return self._estimate.noise_scale if self._estimate.is_known else None
+        estimate = self._observer.estimate
+        return estimate.noise_scale if estimate.is_known else None
 
     @property
     def effective_batch(self) -> float:
@@ -148,16 +136,17 @@ class Controller:
     @property
     def advice(self) -> str:
         """What the present noise means for the learning rate, in words."""
-        return in_words(self.extra_variance or 0.0, self._estimate.noise_scale)
+        return in_words(self.extra_variance or 0.0, self._observer.estimate.noise_scale)
 
     def __str__(self) -> str:
+        variance = self._observer.estimate.variance
         rows = [
-            f"{s.name or '(model)':<32} keep {k:<5g} ω {self._estimate.variance(i, k) if k < 1 else 0:.4f}"
-            for i, (s, k) in enumerate(zip(self._sites, self._keeps))
+            f"{name or '(model)':<32} keep {k:<5g} ω {variance(i, k) if k < 1 else 0:.4f}"
+            for i, (name, k) in enumerate(self.keeps.items())
         ]
         goal = "least time to a target" if self.target is None else f"target {self.target:g}"
         head = f"after {self._schedule.steps} steps, {goal}"
-        return "\n".join([head, *rows, self.advice, *map(str, self._log[-1:])])
+        return "\n".join([head, *rows, self.advice, *map(str, self.log[-1:])])
 
     def step(self) -> None:
         """To be called once per optimizer step, after the backward pass; best before ``optimizer.step()``.
@@ -171,26 +160,25 @@ class Controller:
             raise RuntimeError("Controller.step: this controller is closed")
         schedule = self._schedule
         schedule.step()
-        if self._recorder is not None:
-            self._replay(self._recorder)
+        if self._observer.is_recording:
+            self._replay()
         elif schedule.looks_now:
             self._look()
             self._decide()
         if schedule.steps == schedule.exact_from:
-            self._move(self._exact, "exact finish")
-            self._disarm()
+            self._moves.go_exact("exact finish", schedule.steps)
+            self._observer.forget()
         self._arm()
 
     def skip(self) -> None:
         """Forget what a step showed that is not to be looked at, in place of :meth:`step`."""
-        self._disarm()
+        self._observer.forget()
         self._arm()
 
     def close(self) -> None:
         """Remove its hooks; the keeps stay as they are."""
         self._closed = True
-        self._disarm()
-        self._looks.close()
+        self._observer.close()
 
     def __enter__(self) -> Controller:
         return self
@@ -200,106 +188,39 @@ class Controller:
 
     def _arm(self) -> None:
         """Hooks for the next step, where it is one to look at."""
-        if self._recorder is not None:
+        if self._observer.is_recording:
             return
         if self._schedule.replays_next:
-            self._recorder = Recorder(self._called)
-        elif self._schedule.looks_next and self._called is self._model:  # none inside compiled code
-            self._looks.watch(self._keeps)
-
-    def _disarm(self) -> None:
-        """Remove all hooks, and forget what was seen with them and without."""
-        self._looks.forget()
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+            self._observer.record()
+        elif self._schedule.looks_next:
+            self._observer.watch(self._moves.keeps)
 
     def _look(self) -> None:
-        """Take the row scores of the last backward passes into account."""
-        for site, keep in zip(self._sites, self._keeps):
-            if not site.has_keep(keep):
-                raise RuntimeError(
-                    f"Controller.step: the sketch of {site.name or 'the model'} was changed or removed by someone "
-                    "else; close this controller and make a new one after bs.sketch_"
-                )
+        self._moves.check()
         self._schedule.looked()
-        self._estimate.follow(self._looks.take(), self._schedule.steps)
+        self._observer.look(self._schedule.steps)
 
-    def _replay(self, recorder: Recorder) -> None:
-        """Measure a recorded step, take the other ranks' measurements into account, and decide."""
-        schedule, estimate = self._schedule, self._estimate
+    def _replay(self) -> None:
+        """Measure the recorded step, and decide."""
+        schedule = self._schedule
         start = schedule.clock()
-        self._recorder = None
-        recorder.close()
+        per_step = schedule.seconds_per_step(start)
         self._look()
-        # The plan in force is what has to be right; where that is exact, what it would be otherwise.
-        base = tuple(s.keep for s in self._sites)
-        probe = base if self._keeps == self._exact else self._keeps
-        isolated = {i: base[i] if probe[i] == 1 else probe[i] for i in estimate.next_isolated()}
-        measured, reason = self._measure(recorder, probe, isolated)
-        seconds = schedule.clock() - start, schedule.seconds_per_step(start)
-        found, counts, used, per_step = zip(*gathered((measured, recorder.count, *seconds)))
-        schedule.replayed(fmean(used), fmean(per_step))
-        total = over_ranks(found)
-        if total is not None:
+        reason = self._observer.replay(self._moves.keeps, schedule.steps)
+        used, each = zip(*gathered((schedule.clock() - start, per_step)))
+        schedule.replayed(fmean(used), fmean(each))
+        if not reason:
             schedule.retries = 0
-            self._costs = self._costs or StepCosts.from_work(total.work, self._sites)
-            estimate.update(total, probe, isolated, max(sum(counts), 1), schedule.steps)
             self._decide()
-        elif not estimate.is_known:
+        elif not self._observer.estimate.is_known:
             schedule.retry()
             if schedule.retries >= _ATTEMPTS:
-                self._refuse(f"nothing can be measured: {reason}")
-
-    def _measure(
-        self, recorder: Recorder, keeps: Sequence[float], isolated: Mapping[int, float]
-    ) -> tuple[Measured | None, str]:
-        """What a replay shows, or why it shows nothing; the sites are as before afterwards."""
-        model, sites, ladder = self._model, self._sites, self._estimate.ladder
-        name, with_work = self._schedule.steps, self._costs is None
-        try:
-            found = measure(model, recorder, sites, keeps, isolated, ladder, name, with_work)
-            return found, "a gradient was not finite, or SGD's own variance is zero"
-        except Unmeasurable as problem:
-            return None, str(problem)
-        finally:
-            set_keeps(sites, self._keeps)
-            self._looks.forget()
+                self._moves.refuse(f"nothing can be measured: {reason}", schedule.steps)
 
     def _decide(self) -> None:
-        if self._schedule.is_exact_phase or self._costs is None or not self._estimate.is_known:
-            return
-        plans, most = plans_of(self._log, self.keeps), self._max_plans
-        among = plans if most is not None and len(plans) >= most else ()
-        situation = Situation(
-            self._estimate, self._costs, self._sites, self._fixed(), self.target, self._keeps, among
-        )
-        try:
-            keeps, reason = situation.decide()
-        except Refused as problem:
-            self._refuse(str(problem))
-            return
-        if reason:
-            self._move(keeps, reason)
-
-    def _fixed(self) -> dict[int, str]:
-        """Sites that run exactly whatever their keep, on one of the ranks at least: the others wait for it."""
-        found = {}
-        for i, site in enumerate(self._sites):
-            if site.is_region and (state := state_of(site.module)).status == "exact":
-                found[i] = f"{site.name or 'the model'} runs exactly: {state.reason}"
-        return {i: reason for of_rank in gathered(found) for i, reason in of_rank.items()}
-
-    def _refuse(self, reason: str) -> None:
-        """Everything exact; the log says so where its last line is no refusal."""
-        if not (self._log and self._log[-1].is_refusal):
-            self._move(self._exact, REFUSAL + reason)
-
-    def _move(self, keeps: tuple[float, ...], reason: str) -> None:
-        before, self._keeps = self.keeps, keeps
-        set_keeps(self._sites, keeps)
-        noise = self.extra_variance, self.noise_scale
-        self._log.append(Change(self._schedule.steps, reason, before, self.keeps, *noise))
+        if not self._schedule.is_exact_phase:
+            step = self._schedule.steps
+            decide(self._observer, self._moves, self._sites, self.target, self._max_plans, step)
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on, as plain data that ``torch.save`` and JSON hold.
@@ -307,16 +228,9 @@ class Controller:
         It changes nothing, and a run that resumes is the run that went on. To be called between two optimizer
         steps, and by every one of several ranks: it gathers their scores since the last look.
         """
-        costs = self._costs
-        return {
-            **self._identity(),
-            **self._schedule.state_dict(),
-            "keeps": list(self._keeps),
-            "estimate": self._estimate.state_dict(),
-            "costs": None if costs is None else [list(costs.fixed), list(costs.live), costs.tiny],
-            "traces": self._looks.state(),
-            "log": [asdict(change) for change in self._log],
-        }
+        schedule, observer, moves = self._schedule, self._observer, self._moves
+        parts = schedule.state_dict() | observer.state_dict() | moves.state_dict()
+        return self._identity() | parts
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`, on a model that was sketched by the same rules.
@@ -331,19 +245,11 @@ class Controller:
                 raise ValueError(
                     f"Controller.load_state_dict: made with {key} {state.get(key)}, not {value}"
                 )
-        self._schedule.load_state_dict(state)
-        self._estimate.load_state_dict(state["estimate"])
-        if state["costs"] is not None:
-            fixed, live, tiny = state["costs"]
-            self._costs = StepCosts(tuple(fixed), tuple(live), tiny)
-        self._log = [Change(**change) for change in state["log"]]
-        self._keeps = tuple(state["keeps"])
-        set_keeps(self._sites, self._keeps)
-        self._disarm()
-        self._looks.load(state.get("traces", []))
+        for part in (self._schedule, self._moves, self._observer):
+            part.load_state_dict(state)
         self._arm()
 
     def _identity(self) -> dict[str, Any]:
         """What a state must have been made with."""
-        sites = [site.name for site in self._sites]
-        return {"sites": sites, "target": self.target, "ladder": list(self._estimate.ladder)}
+        ladder = list(self._observer.estimate.ladder)
+        return {"sites": list(self.keeps), "target": self.target, "ladder": ladder}

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from backsketch.planning.control.costs import StepCosts
 from backsketch.planning.control.estimate import Estimate
+from backsketch.planning.control.moves import Keeps, Moves
+from backsketch.planning.control.observer import Observer
+from backsketch.planning.control.ranks import gathered
 from backsketch.planning.control.sites import MovableSite
 from backsketch.planning.plan.frontier import frontier
+from backsketch.regions import state_of
 from backsketch.theory.cost import time_to_target_ratio
 
-__all__ = ["Refused", "Situation"]
-
-Keeps = tuple[float, ...]
+__all__ = ["Refused", "Situation", "decide"]
 
 _LEAST_SAVING = 0.02  # of a step's cost: less is not worth a sketch or a change
 _QUIET = 0.01  # noise scale
@@ -150,3 +152,47 @@ class Situation:
         if cost - next_cost >= _LEAST_SAVING:
             return f"a step costs {next_cost:.3f} of exact instead of {cost:.3f}"
         return ""
+
+
+def decide(
+    observer: Observer,
+    moves: Moves,
+    sites: Sequence[MovableSite],
+    target: float | None,
+    max_plans: int | None,
+    step: int,
+) -> None:
+    """Move the keeps where that is worth it; nothing where nothing was measured yet.
+
+    Args:
+        observer: what was seen.
+        moves: of the keeps, so far.
+        sites: all of them.
+        target: see :class:`Situation`.
+        max_plans: so many different keeps may be used; None is no limit.
+        step: how many optimizer steps there were.
+    """
+    if observer.costs is None or not observer.estimate.is_known:
+        return
+    plans = moves.plans
+    among = plans if max_plans is not None and len(plans) >= max_plans else ()
+    fixed = _running_exactly(sites)
+    situation = Situation(
+        observer.estimate, observer.costs, sites, fixed, target, moves.keeps, among
+    )
+    try:
+        keeps, reason = situation.decide()
+    except Refused as problem:
+        moves.refuse(str(problem), step)
+        return
+    if reason:
+        moves.move(keeps, reason, step)
+
+
+def _running_exactly(sites: Sequence[MovableSite]) -> dict[int, str]:
+    """Regions that run exactly whatever their keep, on one of the ranks at least: the others wait for it."""
+    found = {}
+    for i, site in enumerate(sites):
+        if site.is_region and (state := state_of(site.module)).status == "exact":
+            found[i] = f"{site.name or 'the model'} runs exactly: {state.reason}"
+    return {i: reason for of_rank in gathered(found) for i, reason in of_rank.items()}
