@@ -18,6 +18,7 @@ from backsketch.integrations.metrics import Metrics
 from backsketch.integrations.settings import Settings
 from backsketch.nn.swap import is_swapped
 from backsketch.planning import Auto, Controller
+from backsketch.planning.auto.proposals import PROFILE_BATCHES
 from backsketch.planning.control.ranks import gathered, own
 from backsketch.planning.control.sites import movable_sites
 from backsketch.planning.measure.passes import LossFn
@@ -28,8 +29,6 @@ from backsketch.rules import unwrap
 from backsketch.sampling import get_rng_state, seed, set_rng_state
 
 __all__ = ["Session"]
-
-_BATCHES = 2
 
 
 class Session:
@@ -67,7 +66,7 @@ class Session:
         self._report: Report | None = None
         self._controller: Controller | None = None
         self._calls = Outermost(self.model) if follow_calls else None
-        self.batches: deque[Any] = deque(maxlen=_BATCHES)
+        self.batches: deque[Any] = deque(maxlen=PROFILE_BATCHES)
         self._is_warm = True
         self.metrics = Metrics(self)
         self._refuse_sketched()
@@ -125,10 +124,10 @@ class Session:
         try:
             self.auto.step()
         except ValueError as error:
-            if len(self.batches) < _BATCHES:
+            if len(self.batches) < PROFILE_BATCHES:
                 raise ValueError(
-                    f"SketchCallback: 'auto' needs the loss of {_BATCHES} batches and saw {len(self.batches)}: "
-                    "this trainer does not compute its loss where others do. Give a sketch, such as sketch='int8'"
+                    f"SketchCallback: 'auto' needs the loss of {PROFILE_BATCHES} batches and saw "
+                    f"{len(self.batches)}: this trainer does not compute its loss where others do. Give a sketch, such as sketch='int8'"
                 ) from error
             raise ValueError(
                 "SketchCallback: 'auto' could not measure the trainer's loss; give a sketch instead, such as "

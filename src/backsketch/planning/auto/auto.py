@@ -52,7 +52,8 @@ class Auto:
         model: without sketches, in the form that is called.
         batches: an iterable of at least two batches, as training draws them: a list, or the loader itself. It is
             iterated anew when something is measured.
-        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch; called for a profile alone.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch, under autocast where training is.
+            It is called for a profile, and where a region is captured.
         total_steps: optimizer steps of the training; None where nobody knows, which counts as many.
         target_extra_variance: that the controller aims at, in units of SGD's variance.
         share: of the time that the whole training would take exactly, for profile, looks and replays.
@@ -64,10 +65,13 @@ class Auto:
         reason: why that.
         report: of these sketches; None where steps are exact.
         steps: that have ended.
+        exact_steps_before: so many first steps are exact, where there is nothing to try.
         budget: None until an exact step was timed.
         profile_seconds: what the profile took.
         guard: that times the present sketches; None where steps are exact.
         controller: None until sketches with keeps are known to be faster.
+        target: of the controller.
+        usage: how many steps were made with which sketches.
         called: the module whose calls the controller is to follow: ``model``, or a part of it.
 
     Raises:

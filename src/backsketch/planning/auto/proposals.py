@@ -18,12 +18,13 @@ from backsketch.planning.plan.candidates import auto_plan
 from backsketch.planning.profiling.profiler import NothingToSketch
 from backsketch.untouched import untouched
 
-__all__ = ["PROFILE_COST", "Proposal", "Rules", "in_8_bits", "parsed", "planned"]
+__all__ = ["PROFILE_BATCHES", "PROFILE_COST", "Proposal", "Rules", "in_8_bits", "parsed", "planned"]
 
 PROFILE_COST = 100, 2.0
 """Exact steps, and seconds: 13.6 s for a ViT whose steps take 0.107 s."""
 
-_BATCHES = 2  # the controller measures the noise again, and goes on measuring it
+PROFILE_BATCHES = 2
+"""The fewest: the controller measures the noise again, and goes on measuring it."""
 
 Rules = Mapping[str, str]
 """Patterns and texts of sketches."""
@@ -60,7 +61,7 @@ def planned(model: nn.Module, batches: Iterable[Any], loss_fn: LossFn[Any]) -> P
     """
     restore_(model)
     with untouched(model):  # a loader draws from PyTorch's stream
-        data = list(islice(batches, _BATCHES))
+        data = list(islice(batches, PROFILE_BATCHES))
     try:
         found = profile(model, data, loss_fn, progress=False)
     except (NothingToSketch, Diverged) as error:

@@ -12,15 +12,14 @@ from backsketch.planning.control.moves import Keeps, Moves
 from backsketch.planning.control.observer import Observer
 from backsketch.planning.control.ranks import gathered
 from backsketch.planning.control.sites import MovableSite
+from backsketch.planning.plan.estimate import LEAST_GAIN, LEAST_SAVING
 from backsketch.planning.plan.frontier import frontier
 from backsketch.regions import state_of
 from backsketch.theory.cost import time_to_target_ratio
 
 __all__ = ["Refused", "Situation", "decide"]
 
-_LEAST_SAVING = 0.02  # of a step's cost: less is not worth a sketch or a change
 _QUIET = 0.01  # noise scale
-_MARGIN = 0.01
 _ROOM = 0.15  # of the target, above it: the ladder of a single site is coarse, and below would be further away
 _BAND = (0.75, 1.25)  # of the target, within which a change must save something
 
@@ -84,15 +83,15 @@ class Situation:
     def _check(self, best: _Choice) -> None:
         """Refuse what gains nothing over exact training; to begin takes a little more than to go on."""
         beta = self.estimate.noise_scale
-        most = (1.0 if self.target is None else 1 + _MARGIN) - _MARGIN * (min(self.now) == 1)
+        most = (1.0 if self.target is None else 1 + LEAST_GAIN) - LEAST_GAIN * (min(self.now) == 1)
         if beta < _QUIET:
             raise Refused(
                 f"the noise scale is {beta:.2g}: noise hardly matters, a smaller batch is cheaper"
             )
-        if best.cost > 1 - _LEAST_SAVING:
+        if best.cost > 1 - LEAST_SAVING:
             limit = "" if self.target is None else f" within an extra variance of {self.target:g}"
             raise Refused(
-                f"no sketch saves {_LEAST_SAVING:.0%} of a step{limit}: the rows matter alike"
+                f"no sketch saves {LEAST_SAVING:.0%} of a step{limit}: the rows matter alike"
             )
         if best.rho > most:
             raise Refused(
@@ -143,13 +142,13 @@ class Situation:
         cost, next_cost = (self.costs.step(self.sites, keeps) for keeps in (self.now, then))
         if self.target is None:
             before, after = self._rho(cost, omega), self._rho(next_cost, next_omega)
-            if before - after >= _LEAST_SAVING:
+            if before - after >= LEAST_SAVING:
                 return f"time to a target falls from {before:.3f} to {after:.3f} of exact"
             return ""
         low, high = (f * self.target for f in _BAND)
         if not low <= omega <= high and abs(next_omega - self.target) < abs(omega - self.target):
             return f"extra variance {omega:.3f} left the band {low:.3g} to {high:.3g}"
-        if cost - next_cost >= _LEAST_SAVING:
+        if cost - next_cost >= LEAST_SAVING:
             return f"a step costs {next_cost:.3f} of exact instead of {cost:.3f}"
         return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backsketch.planning.plan.estimate import CAUTION
+from backsketch.planning.plan.estimate import CAUTION, LEAST_SAVING
 from backsketch.planning.plan.plan import Plan
 from backsketch.planning.plan.prediction import assembled, chosen, exact_plan
 from backsketch.planning.plan.search import make_plan
@@ -12,8 +12,6 @@ from backsketch.planning.profiling.families import REFERENCE
 from backsketch.planning.profiling.records import Option, ProfileData, SiteProfile
 
 __all__ = ["auto_plan"]
-
-_WORTH = 0.02  # of a step's time, to be saved at a site
 
 
 def auto_plan(profile: ProfileData) -> Plan:
@@ -57,7 +55,7 @@ def _saver(profile: ProfileData, site: SiteProfile, now: Option | None) -> Optio
         and (now is None or o.family.startswith("int8"))
     ]
     best = min(below, key=site.seconds, default=None)
-    least = (0.0 if now is None else site.seconds(now)) - _WORTH * profile.step_seconds
+    least = (0.0 if now is None else site.seconds(now)) - LEAST_SAVING * profile.step_seconds
     if best is None or site.seconds(best) + CAUTION * best.error_seconds > least:
         return now
     return next(o for o in site.options if (o.family, o.keep) == (best.family, REFERENCE))

@@ -17,10 +17,24 @@ from backsketch.planning.measure.timing import OF_A_PLAN, Effort, compared
 from backsketch.theory.cost import time_to_target_ratio
 from backsketch.untouched import untouched
 
-__all__ = ["CAUTION", "CostEstimate", "measured_cost", "measured_ratio"]
+__all__ = [
+    "CAUTION",
+    "LEAST_GAIN",
+    "LEAST_SAVING",
+    "CostEstimate",
+    "measured_cost",
+    "measured_ratio",
+]
 
 CAUTION = 2.0
 """Standard errors of a timing by which a sketch has to win: the best of many noisy timings is too good."""
+
+
+LEAST_SAVING = 0.02
+"""Of a step's time: less is not worth a sketch, or a change of one."""
+
+LEAST_GAIN = 0.01
+"""Of the time to a target: less is not worth leaving exact training."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from backsketch.planning.plan.estimate import CAUTION, CostEstimate
+from backsketch.planning.plan.estimate import CAUTION, LEAST_GAIN, CostEstimate
 from backsketch.planning.plan.frontier import frontier
 from backsketch.planning.plan.knapsack import choose
 from backsketch.planning.plan.plan import Plan
@@ -26,7 +26,6 @@ _OBJECTIVES = {
     "variance": lambda cost: cost.extra_variance,
 }
 _SEARCHES = 3  # as choices change what sites do to each other
-_GAIN = 0.01  # of the time to a target, worth leaving exact training for
 _FREE = 0.01  # extra variance that no training notices: 8-bit products have a tenth of it
 
 
@@ -171,9 +170,9 @@ def _or_free(profile: ProfileData, plan: Plan) -> Plan:
     A smaller batch is no rival of the latter: it saves the same part of its time, too.
     """
     best, (b, rho) = plan.predicted.cautious_rho, plan.predicted.smaller_batch
-    if best < min(rho, 1.0) - _GAIN and not plan.is_exact:
+    if best < min(rho, 1.0) - LEAST_GAIN and not plan.is_exact:
         return plan
-    if b < 1 and rho < 1 - _GAIN:
+    if b < 1 and rho < 1 - LEAST_GAIN:
         reason = (
             f"a batch of {b:g} of the size reaches a target in {rho:.2f} of the time (noise scale "
             f"{profile.noise_scale:.3g}), the best sketches in {best:.2f}: use the smaller batch"
@@ -181,7 +180,7 @@ def _or_free(profile: ProfileData, plan: Plan) -> Plan:
     else:
         reason = f"no sketch beats exact training here (the best has rho {best:.2f})"
     free = _best(_rounding_only(profile), "time", _Limits(_FREE, math.inf, math.inf))
-    if free is None or free.predicted.cautious_ratio > 1 - _GAIN:
+    if free is None or free.predicted.cautious_ratio > 1 - LEAST_GAIN:
         return exact_plan(profile, f"exact: {reason}")
     if free.texts == plan.texts:
         return replace(plan, reason=f"beside it, {reason}")

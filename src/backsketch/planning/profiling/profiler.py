@@ -24,7 +24,7 @@ from backsketch.untouched import untouched
 
 __all__ = ["NothingToSketch", "measured", "stages"]
 
-_BATCHES = 4  # for SGD's own noise
+_MOST_BATCHES = 4  # that are looked at, for SGD's own noise
 _STAGES = 4  # and one per batch
 
 
@@ -61,7 +61,7 @@ def _batches(batches: Iterable[Any]) -> list[Any]:
     data = []
     for batch in batches:
         data.append(batch)
-        if len(data) == _BATCHES:
+        if len(data) == _MOST_BATCHES:
             break
     if len(data) < 2:
         raise ValueError(
