@@ -127,7 +127,8 @@ class Session:
             if len(self.batches) < PROFILE_BATCHES:
                 raise ValueError(
                     f"SketchCallback: 'auto' needs the loss of {PROFILE_BATCHES} batches and saw "
-                    f"{len(self.batches)}: this trainer does not compute its loss where others do. Give a sketch, such as sketch='int8'"
+                    f"{len(self.batches)}: this trainer does not compute its loss where others do. Give a sketch, "
+                    "such as sketch='int8'"
                 ) from error
             raise ValueError(
                 "SketchCallback: 'auto' could not measure the trainer's loss; give a sketch instead, such as "

@@ -52,7 +52,7 @@ class Auto:
         model: without sketches, in the form that is called.
         batches: an iterable of at least two batches, as training draws them: a list, or the loader itself. It is
             iterated anew when something is measured.
-        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch, under autocast where training is.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss of a batch, under autocast if training is.
             It is called for a profile, and where a region is captured.
         total_steps: optimizer steps of the training; None where nobody knows, which counts as many.
         target_extra_variance: that the controller aims at, in units of SGD's variance.
