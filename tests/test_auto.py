@@ -168,6 +168,17 @@ def test_afterwards_no_hook_is_left_and_the_sketches_stay():
     assert type(loop.model[0]) is nn.Linear
 
 
+def test_a_training_that_ends_by_an_error_measures_nothing_more(monkeypatch):
+    with steered_auto("save") as clock:
+        loop = Loop(clock).train(26)
+    assert loop.auto.controller is not None
+    monkeypatch.setattr(bs.Controller, "step", lambda self: pytest.fail("it looks at a step"))
+    with pytest.raises(RuntimeError, match="out of memory"), loop.auto:
+        raise RuntimeError("out of memory, say")
+    assert loop.auto.steps == loop.auto.usage.steps.total() + loop.auto.exact_steps_before + 9
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loop.model.modules())
+
+
 def test_a_trial_leaves_the_controller_out(monkeypatch):
     called = []
     for name in ("step", "skip"):

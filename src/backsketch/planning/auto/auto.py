@@ -160,9 +160,7 @@ class Auto:
         """
         if not self._is_under_way or self._is_controlled:
             return
-        self._is_controlled = True
-        if self.rules and not self.is_exact:
-            self.usage.add(self.rules, {} if self.controller is None else self.controller.keeps)
+        self._count()
         if self.controller is not None and self.budget is not None and self.budget.left > 0:
             self._control(self.controller, self.budget)
 
@@ -181,12 +179,23 @@ class Auto:
         self.steps += 1
 
     def close(self) -> None:
-        """End the training: no trial and no hook is left. The sketches stay until :func:`backsketch.restore_`."""
-        self.stop()
+        """End the training: no trial and no hook is left. The sketches stay until :func:`backsketch.restore_`.
+
+        Nothing is measured any more, for a training may end by an error, and on one of several ranks alone.
+        """
+        if self._is_under_way:
+            self._count()
+            self._is_under_way = False
+            self.steps += 1
         if self.guard is not None:
             self.guard.close()
         if self.controller is not None:
             self.controller.close()
+
+    def _count(self) -> None:
+        if self.rules and not (self.is_exact or self._is_controlled):
+            self.usage.add(self.rules, {} if self.controller is None else self.controller.keeps)
+        self._is_controlled = True
 
     def __enter__(self) -> Auto:
         return self
