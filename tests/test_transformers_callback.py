@@ -277,15 +277,16 @@ def timed(trainer: Any, clock: Clock) -> Any:
 
 
 @pytest.mark.slow
-def test_auto_that_resumes_is_the_one_that_went_on(tmp_path):
+@pytest.mark.parametrize("build", [gpt2, bert])
+def test_auto_that_resumes_is_the_one_that_went_on(tmp_path, build):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 28, "logging_steps": 4}
     with steered_auto("save") as clock:
-        whole = timed(made(tmp_path, SketchCallback(), **options), clock)
+        whole = timed(made(tmp_path, SketchCallback(), build=build, **options), clock)
         whole.train()
         assert logged(whole, "backsketch/effective_batch")  # there is a controller
         for step in (10, 22):
             bs.seed(7)
-            resumed = timed(made(tmp_path, SketchCallback(), **options), clock)
+            resumed = timed(made(tmp_path, SketchCallback(), build=build, **options), clock)
             resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
             assert same(whole.model, resumed.model)
 
