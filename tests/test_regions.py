@@ -516,18 +516,27 @@ def test_nested_arguments_and_outputs() -> None:
             self, inputs: dict[str, Tensor], scale: float, *, extra: tuple[Tensor, Tensor]
         ) -> dict[str, object]:
             h = self.a(inputs["x"]) * scale + inputs["table"]
-            return {"h": h, "more": [h * extra[0], extra[1].sum() * 2.0], "n": 3}
+            return {"h": h, "more": [h * extra[0], extra[1].sum() * self.a.bias.exp()], "n": 3}
 
     model = Nested()
+    x, table, extra = torch.randn(8, 4), torch.randn(4), (torch.randn(8, 1), torch.randn(3))
+
+    def gradients(with_rows: float) -> dict[str, Tensor]:
+        """Of a loss in which the output without rows counts once."""
+        out = model({"x": x, "table": table}, 2.0, extra=extra)
+        assert out["n"] == 3
+        ours = out["h"].sum() + out["more"][0].square().sum()
+        return named_gradients(model, with_rows * ours + out["more"][1].sum())
+
+    exact, shared = gradients(1.0), gradients(0.0)
     states = make_region(model, {"": Region(0.5)})
-    x, table = torch.randn(8, 4), torch.randn(4)
-    for _ in range(2):
-        out = model({"x": x, "table": table}, 2.0, extra=(torch.randn(8, 1), torch.randn(3)))
-        (out["h"].sum() + out["more"][0].square().sum()).backward()
-    assert out["n"] == 3
-    # An output without rows ends the proof, whatever it is used for.
-    assert states[""].status == "exact"
-    assert "output has no rows" in states[""].reason
+    assert torch.allclose(gradients(1.0)["a.bias"], exact["a.bias"], rtol=1e-4)
+    assert states[""].status == "active", states[""].reason
+    draws = torch.stack([gradients(1.0)["a.bias"] for _ in range(200)])
+    assert draws.std(0).min() > 0
+    assert (draws.mean(0) - exact["a.bias"]).norm() < 3 * draws.std(0).norm() / 200**0.5
+    # What has no rows is neither drawn nor weighted.
+    assert torch.allclose(gradients(1e-6)["a.bias"], shared["a.bias"], rtol=1e-3)
 
 
 def test_a_shared_table_with_as_many_rows_as_the_batch() -> None:

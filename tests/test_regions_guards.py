@@ -149,8 +149,16 @@ COUPLED = {
         "number of rows",
     ),
     "statistic as an output": (
-        lambda x, w: (x * w, w.square().sum() + x.detach()[:, 0].numel() * 0),
-        "rows",
+        lambda x, w: (x * w, (x * w).square().mean()),
+        "reduces over the rows",
+    ),
+    "the number of rows in an output without them": (
+        lambda x, w: (x * w, w.square().sum() * x.detach()[:, 0].numel()),
+        "number of rows",
+    ),
+    "no output with rows": (
+        lambda x, w: w.square() + x.detach()[:, 0].numel() * 0,
+        "no output has rows",
     ),
 }
 

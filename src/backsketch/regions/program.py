@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from backsketch.regions.verify import splits_add_up
 __all__ = ["KeptBackward", "Program", "RowsApart"]
 
 _NO_ROWS = (
-    "an output has no rows (a loss or a statistic inside the region?): put the region on what comes before, "
+    "no output has rows (a loss or a statistic inside the region?): put the region on what comes before, "
     "or call the model without labels and compute the loss outside"
 )
 
@@ -69,8 +70,9 @@ class RowsApart:
         for node in fw.graph.nodes:
             if node.op != "output":
                 proof.visit(node)
-        for out in outputs_of(fw)[:outputs]:
-            _check_output(proof, out, row_dims)
+        found = [_check_output(proof, out, row_dims) for out in outputs_of(fw)[:outputs]]
+        if not any(found):
+            raise Coupled(_NO_ROWS)
         primals = fw.graph.find_nodes(op="placeholder")
         if len(primals) != len(outputs_of(bw)):
             raise Coupled("the backward graph has outputs that are not gradients")
@@ -80,18 +82,26 @@ class RowsApart:
         return cls(row_dims, symbols, layouts, [proof.layout(p) for p in primals])
 
 
-def _check_output(proof: Proof, out: Any, row_dims: int) -> None:
+def _check_output(proof: Proof, out: Any, row_dims: int) -> bool:
+    """Whether an output has rows, in its leading dimensions.
+
+    One that has none does not depend on any row, or the proof would have ended: its cotangent is used as it is.
+
+    Raises:
+        Coupled: its rows are elsewhere.
+    """
     value = out.meta.get("val") if isinstance(out, fx.Node) else None
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        return
+        return False
     at = proof.layout(out)
-    if at is None or at.dim != 0:
-        raise Coupled(_NO_ROWS)
-    if not _has_lead(proof.rows, value, row_dims):
+    if at is None:
+        return False
+    if at.dim != 0 or not _has_lead(proof.rows, value, row_dims):
         raise Coupled(
             f"an output of shape {tuple(value.shape)} does not have the {row_dims} leading "
             "dimensions of the first argument"
         )
+    return True
 
 
 def _has_lead(symbols: RowSymbols, value: Tensor, row_dims: int) -> bool:
@@ -128,8 +138,7 @@ class Program:
         """
         if self.refusal or region is None or region.spec is None:
             return self.exact(args)
-        cotangents = args[-self.kept.num_cotangents :]
-        row_dims = region.spec.row_dims
+        cotangents, row_dims = self.kept.cotangents_with_rows(args), region.spec.row_dims
         lead = tuple(cotangents[0].shape[:row_dims])
         scores = row_ops.scores(cotangents, row_dims)
         if region not in self.verified:
@@ -152,8 +161,9 @@ class Program:
         self, region: Runtime, args: list[Any], lead: tuple[int, ...], scores: Tensor
     ) -> Sequence[Any]:
         """The first backward pass is exact, and checks that parts of the batch add up to it."""
+        shared = itertools.cycle((True, False))  # what has no rows belongs to one of the parts
         gradients, verdict = splits_add_up(
-            lambda index: self.kept(args, lead, index, None),
+            lambda index: self.kept(args, lead, index, None, next(shared)),
             lambda: self.exact(list(args)),
             scores,
             self.kept.low_precision,
@@ -188,7 +198,7 @@ class KeptBackward:
     run: Runner
     sizes: list[tuple[int, tuple[int, ...]]]
     num_cotangents: int
-    cotangent_layouts: list[Layout]
+    cotangent_layouts: list[Layout | None]
     axis: int
     low_precision: bool
 
@@ -207,8 +217,8 @@ class KeptBackward:
             for i, p in enumerate(saved)
             if not isinstance(p.meta["val"], Tensor)
         ]
-        layouts = [apart.symbols.layout_at(p.meta["val"].shape, 0) for p in cotangents]
-        if None in layouts:
+        layouts = [_rows_of(apart.symbols, p.meta["val"]) for p in cotangents]
+        if not any(layouts):
             raise Coupled(_NO_ROWS)
         axis = apart.symbols.live[-1]
         saved_layouts = [apart.layouts.get(p.name) for p in saved]
@@ -218,23 +228,43 @@ class KeptBackward:
             compiler.kept_backward(bw, inputs, rows),
             sizes,
             len(cotangents),
-            [at for at in layouts if at is not None],
+            layouts,
             axis,
             _has_low_precision(bw),
         )
 
+    def cotangents_with_rows(self, args: Sequence[Any]) -> list[Tensor]:
+        """The cotangents among the arguments that have rows."""
+        cotangents = args[len(args) - self.num_cotangents :]
+        return [g for g, at in zip(cotangents, self.cotangent_layouts) if at is not None]
+
     def __call__(
-        self, args: Sequence[Any], lead: tuple[int, ...], index: Tensor, weights: Tensor | None
+        self,
+        args: Sequence[Any],
+        lead: tuple[int, ...],
+        index: Tensor,
+        weights: Tensor | None,
+        shared: bool = True,
     ) -> Sequence[Any]:
-        """Gradients of the sum over rows ``index``, weighted; full shape, zero in the other rows."""
+        """Gradients of the sum over rows ``index``, weighted; full shape, zero in the other rows.
+
+        ``shared`` adds those of the outputs without rows.
+        """
         args, k = list(args), index.shape[0]
         for i, axes in self.sizes:
             for axis in axes:
                 args[i] = args[i] // lead[axis] * (k if axis == self.axis else 1)
         for i, at in enumerate(self.cotangent_layouts, start=len(args) - self.num_cotangents):
+            if at is None:
+                args[i] = args[i] if shared else torch.zeros_like(args[i])
+                continue
             kept = row_ops.take(args[i], at.dim, at.axes, lead, self.axis, index)
             args[i] = kept if weights is None else _weigh(kept, at, weights)
         return self.run(index, lead, args)
+
+
+def _rows_of(symbols: RowSymbols, cotangent: Tensor) -> Layout | None:
+    return symbols.layout_at(cotangent.shape, 0) if cotangent.dim() else None
 
 
 def _weigh(kept: Tensor, at: Layout, weights: Tensor) -> Tensor:
