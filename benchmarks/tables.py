@@ -375,7 +375,68 @@ def compile_time() -> str:
     return _markdown(["model", "sketch", "first step, processor", "first step, clock"], rows)
 
 
+def _peer_arms(*parts: str) -> dict[tuple[str, str], dict[tuple[str, float | None], dict]]:
+    """Every arm's rows, ``(part, keep)`` to row; keeps fall."""
+    found: dict[tuple[str, str], dict[tuple[str, float | None], dict]] = {}
+    for part in parts:
+        rows = _load("peers")["parts"][part]["rows"]
+        for row in sorted(rows, key=lambda row: -(row["keep"] or 0)):
+            found.setdefault((row["who"], row["what"]), {})[part, row["keep"]] = row
+    who = ["ours", *_load("peers")["peers"]]
+    return dict(sorted(found.items(), key=lambda item: who.index(item[0][0]) if item[0][0] else -1))
+
+
+def _peer_bias(rows: list[dict], tensors: list[str]) -> str:
+    """The tensor and keep that is farthest out, or the largest z of those that are within chance."""
+    reasons = [row["reason"] for row in rows if "reason" in row]
+    if reasons:
+        return f"does not run: {reasons[0]}"
+    found = [(max(row[t]["z"], row[t]["z_along"]), t, row) for t in tensors for row in rows]
+    if not found:
+        return ""
+    z, tensor, row = max(found, key=lambda item: item[0])
+    if not row[tensor]["biased"]:
+        return f"none seen (z at most {z:.1f})"
+    keep = f", keep {row['keep']}" if row["keep"] else ""
+    out = f"{row[tensor]['out']} of {row[tensor]['entries']} entries"
+    return f"**{tensor}{keep}**: mean ×{1 + row[tensor]['along']:.3g}, z {z:.0f}, {out}"
+
+
+def _peers(part: str, tensors: list[str]) -> str:
+    table, drawn = [], f"{part}_statistics"
+    for (who, what), rows in _peer_arms(part, drawn).items():
+        times = [row for (of, _), row in rows.items() if of == part]
+        draws = [row for (of, _), row in rows.items() if of == drawn]
+        if not who:
+            table.append(
+                ["", f"exact: {times[0]['ms']:.0f} ms", "1", "1", *[""] * len(tensors), ""]
+            )
+            continue
+        cells = [
+            " / ".join(f"{r[key]:.2f}" for r in times if key in r) for key in ("time", "saved")
+        ]
+        for tensor in tensors:
+            values = [row[tensor]["variance"] for row in draws if tensor in row]
+            text = " / ".join(f"{value:.2g}" for value in values)
+            cells.append("exact" if values and max(values) < 1e-9 else text)
+        every = [t for t in (*tensors, "grad_bias") if all(t in row for row in draws)]
+        table.append([who, what, *cells, _peer_bias(draws or times, every)])
+    names = ["variance" if t == "gradient" else f"variance of {t}" for t in tensors]
+    return _markdown(["", "what is random", "time", "saved", *names, "bias"], table)
+
+
+def peers() -> str:
+    rows = []
+    for name, peer in _load("peers")["peers"].items():
+        link = f"[{peer['repository']}](https://github.com/{peer['repository']})"
+        rows.append([name, link, peer.get("commit", ""), peer.get("reason", peer["note"])])
+    return _markdown(["peer", "repository", "commit", "so that it runs"], rows)
+
+
 TABLES = {
+    "peers": peers,
+    "peers_layer": partial(_peers, "layer", ["grad_input", "grad_weight"]),
+    "peers_vit": partial(_peers, "vit", ["gradient"]),
     "compile_time": compile_time,
     "families": families,
     "captured": captured,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -135,9 +136,10 @@ def sweep_config(folder: Path, description: dict[str, Any]) -> Any:
 def script(path: str) -> ModuleType:
     """A Python file of the repository outside the package, imported."""
     file = ROOT / path
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module
