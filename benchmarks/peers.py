@@ -483,8 +483,8 @@ def nodes(root: Any) -> Iterator[Any]:
 EXACT = Arm("", "exact", None, lambda model: model)
 
 
-def timed(case: Case, arms: list[Arm], repeats: int) -> list[dict]:
-    """Time and bytes of every arm over exact."""
+def timed(case: Case, arms: list[Arm], repeats: int, deadline: float = float("inf")) -> list[dict]:
+    """Time and bytes of every arm over exact; after ``deadline`` no round begins but two."""
     rows, models = [], {}
     for i, (arm, model) in enumerate(ready(case, [EXACT, *arms])):
         rows.append({"who": arm.who, "what": arm.what, "keep": arm.keep})
@@ -494,12 +494,15 @@ def timed(case: Case, arms: list[Arm], repeats: int) -> list[dict]:
             models[i] = model
             rows[i]["bytes"] = kept_bytes(case, model)
     seconds: dict[int, list[float]] = {i: [] for i in models}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat > 1 and time.monotonic() > deadline:
+            break
         for i, model in models.items():
             start = time.process_time()
             case.step(model)
             seconds[i].append(time.process_time() - start)
     for i, values in seconds.items():
+        rows[i]["repeats"] = len(values)
         rows[i]["ms"] = round(1e3 * statistics.median(values), 2)
         rows[i]["time"] = round(statistics.median(v / e for v, e in zip(values, seconds[0])), 3)
         rows[i]["saved"] = round(rows[i].pop("bytes") / max(kept_bytes(case, models[0]), 1), 4)
@@ -546,11 +549,13 @@ def standard_error(moments: Moments) -> Tensor:
     return torch.maximum(error, SURE * event / m.draws).clamp(min=1e-300)
 
 
-def drawn(case: Case, arms: list[Arm], draws: int) -> list[dict]:
-    """Relative variance and bias of every arm's gradients."""
+def drawn(case: Case, arms: list[Arm], draws: int, deadline: float = float("inf")) -> list[dict]:
+    """Relative variance and bias of every arm's gradients; arms after ``deadline`` are left out."""
     rows = []
     exact = case.gradients(case.model)
     for arm, model in ready(case, arms):
+        if time.monotonic() > deadline:
+            break
         row: dict = {"who": arm.who, "what": arm.what, "keep": arm.keep}
         rows.append(row)
         if isinstance(model, Exception):
@@ -584,10 +589,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     parser.add_argument("--keeps", type=float, nargs="*", default=KEEPS)
     parser.add_argument("--skip", nargs="*", default=[], help="arms, such as dct")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after them")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("results/peers.json"))
     arguments = parser.parse_args(argv)
+    deadline = time.monotonic() + arguments.seconds
     torch.set_num_threads(1)
     torch.manual_seed(0)
     bs.seed(0)
@@ -599,7 +606,7 @@ def main(argv: list[str] | None = None) -> None:
         if arm.what not in arguments.skip and (arm.keep is None or arm.keep in arguments.keeps)
     ]
     case = make()
-    rows = measure(case, arms, getattr(arguments, number))
+    rows = measure(case, arms, getattr(arguments, number), deadline)
     about_run = {
         "what": case.name,
         number: getattr(arguments, number),
