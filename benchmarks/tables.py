@@ -379,7 +379,7 @@ def _peer_arms(*parts: str) -> dict[tuple[str, str], dict[tuple[str, float | Non
     """Every arm's rows, ``(part, keep)`` to row; keeps fall."""
     found: dict[tuple[str, str], dict[tuple[str, float | None], dict]] = {}
     for part in parts:
-        rows = _load("peers")["parts"][part]["rows"]
+        rows = _load("peers")["parts"].get(part, {"rows": []})["rows"]
         for row in sorted(rows, key=lambda row: -(row["keep"] or 0)):
             found.setdefault((row["who"], row["what"]), {})[part, row["keep"]] = row
     who = ["ours", *_load("peers")["peers"]]
@@ -391,7 +391,8 @@ def _peer_bias(rows: list[dict], tensors: list[str]) -> str:
     reasons = [row["reason"] for row in rows if "reason" in row]
     if reasons:
         return f"does not run: {reasons[0]}"
-    found = [(max(row[t]["z"], row[t]["z_along"]), t, row) for t in tensors for row in rows]
+    seen = [(t, row) for t in tensors for row in rows if t in row]
+    found = [(max(row[t]["z"], row[t]["z_along"]), t, row) for t, row in seen]
     if not found:
         return ""
     z, tensor, row = max(found, key=lambda item: item[0])
@@ -419,8 +420,7 @@ def _peers(part: str, tensors: list[str]) -> str:
             values = [row[tensor]["variance"] for row in draws if tensor in row]
             text = " / ".join(f"{value:.2g}" for value in values)
             cells.append("exact" if values and max(values) < 1e-9 else text)
-        every = [t for t in (*tensors, "grad_bias") if all(t in row for row in draws)]
-        table.append([who, what, *cells, _peer_bias(draws or times, every)])
+        table.append([who, what, *cells, _peer_bias(draws or times, [*tensors, "grad_bias"])])
     names = ["variance" if t == "gradient" else f"variance of {t}" for t in tensors]
     return _markdown(["", "what is random", "time", "saved", *names, "bias"], table)
 
