@@ -131,6 +131,8 @@ IMAGE_LAYERS = {
     "transposed, grouped": lambda: nn.ConvTranspose2d(4, 8, 3, 2, groups=2),
     "batch norm": lambda: nn.BatchNorm2d(4),
     "group norm": lambda: nn.GroupNorm(2, 4),
+    "leaky relu": lambda: nn.LeakyReLU(0.1),
+    "gelu": nn.GELU,
 }
 
 

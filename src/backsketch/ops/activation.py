@@ -26,6 +26,7 @@ from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
+from backsketch.torch_private import layout_of
 
 __all__ = ["PiecewiseLinear", "Smooth", "activation"]
 
@@ -127,9 +128,8 @@ class _Masked(Function):
     def backward(ctx: Any, cotangent: Tensor | None, _: Any) -> tuple[Any, ...]:
         if cotangent is None:
             return None, None
-        return None, without_double_backward(
-            bits.masked, cotangent, *ctx.saved_tensors, ctx.outside
-        )
+        grad = without_double_backward(bits.masked, cotangent, *ctx.saved_tensors, ctx.outside)
+        return None, grad.contiguous(memory_format=layout_of(cotangent))
 
 
 class _Rounded(Function):
@@ -158,6 +158,7 @@ class _Rounded(Function):
         if cotangent is None:
             return None, None, None, None
         grad = without_double_backward(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
+        grad = grad.contiguous(memory_format=layout_of(cotangent))
         return None, None, grad.to(ctx.dtype), None
 
 

@@ -101,8 +101,9 @@ class RMSNorm(LayerNorm):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *state: Tensor
     ) -> Stats:
         y = F.rms_norm(x, list(self.shape), weight, self.eps)
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         wide = x.reshape(-1, math.prod(self.shape)).to(torch.promote_types(x.dtype, torch.float32))
+        # By default that of the type which PyTorch computes in, not of the input's, as its documentation says.
+        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps
         norm = torch.linalg.vector_norm(wide, dim=1)
         return y, norm.new_empty(0), (norm.square() / wide.shape[1] + eps).rsqrt()
 
