@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import backsketch as bs
 from backsketch import rounding
@@ -296,3 +297,22 @@ def test_bad_combinations_are_refused() -> None:
         bs.Region(keep=1.0, save="int2")  # type: ignore[arg-type]
     region = bs.Region(keep=1.0, save="int4")
     assert bs.parse(str(region)) == region
+
+
+def test_a_batch_norm_in_a_checkpoint_inside_a_region_reads_its_statistics_again() -> None:
+    """They have changed since the forward pass, so that it is a copy of them which is kept."""
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    norm = nn.BatchNorm1d(32)
+    model = nn.Sequential(nn.Linear(32, 32), Checkpointed(norm), nn.Linear(32, 3))
+    x = torch.randn(16, 32)
+    exact = named_gradients(model, model(x).square().sum())
+    bs.sketch_(model, bs.Region(keep=1.0, save="int8"))
+    for _ in range(2):
+        ours = named_gradients(model, model(x).square().sum())
+    assert state_of(model).status == "active"
+    for name in ("0.weight", "1.0.weight", "2.weight"):
+        assert (ours[name] - exact[name]).norm() < 0.03 * exact[name].norm()

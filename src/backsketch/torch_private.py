@@ -32,6 +32,7 @@ __all__ = [
     "autocast_is_on",
     "batch_norm_with_statistics",
     "boxed",
+    "changed_inputs",
     "compile_inner",
     "compiled_entries",
     "compiler_error",
@@ -338,6 +339,14 @@ def forward_facts() -> ForwardFacts | None:
         bool(mutated),
         bool(metadata.num_outputs_aliased),
     )
+
+
+def changed_inputs() -> frozenset[int]:
+    """Positions of the inputs, buffers among them, that the graph which is being compiled changes in place."""
+    context = torch._guards.TracingContext.try_get()
+    metadata: Any = getattr(context, "fw_metadata", None)
+    inputs = getattr(metadata, "input_info", ())
+    return frozenset(i for i, found in enumerate(inputs) if found.mutates_data)
 
 
 def boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:

@@ -60,8 +60,14 @@ def check(case: Case, draws: tuple[int, ...] = DRAWS) -> str:
         Rejected: see there.
         Failure: a property does not hold. Any other exception is a failure, too.
     """
-    run = Run(case)
-    model = run.model
+    with warnings.catch_warnings():
+        # PyTorch says it once in a process, and where would depend on the cases before.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+        return _checked(Run(case), draws)
+
+
+def _checked(run: Run, draws: tuple[int, ...]) -> str:
+    case, model = run.case, run.model
     before = _snapshot(model)
     try:
         report = bs.sketch_(model, {pattern: bs.parse(text) for pattern, text in case.rules})

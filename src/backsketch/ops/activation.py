@@ -119,7 +119,7 @@ class _Masked(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.outside = inputs[0].numbers[2]
+        ctx.outside, ctx.layout = inputs[0].numbers[2], layout_of(inputs[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
@@ -129,7 +129,7 @@ class _Masked(Function):
         if cotangent is None:
             return None, None
         grad = without_double_backward(bits.masked, cotangent, *ctx.saved_tensors, ctx.outside)
-        return None, grad.contiguous(memory_format=layout_of(cotangent))
+        return None, grad.contiguous(memory_format=ctx.layout)
 
 
 class _Rounded(Function):
@@ -148,7 +148,7 @@ class _Rounded(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rounding, ctx.dtype = inputs[1], inputs[2].dtype
+        ctx.rounding, ctx.dtype, ctx.layout = inputs[1], inputs[2].dtype, layout_of(inputs[2])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
@@ -158,8 +158,7 @@ class _Rounded(Function):
         if cotangent is None:
             return None, None, None, None
         grad = without_double_backward(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
-        grad = grad.contiguous(memory_format=layout_of(cotangent))
-        return None, None, grad.to(ctx.dtype), None
+        return None, None, grad.to(ctx.dtype).contiguous(memory_format=ctx.layout), None
 
 
 def _times(rounding: Rounding, cotangent: Tensor, *packed: Tensor) -> Tensor:

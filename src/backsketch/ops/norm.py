@@ -231,7 +231,9 @@ class _SavedInBits(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         norm, rounding, x, weight, bias, *_ = inputs
         ctx.norm, ctx.rounding = norm, rounding
-        ctx.likes = tuple(None if t is None else (t.shape, t.dtype) for t in (x, weight, bias))
+        ctx.likes = tuple(
+            None if t is None else (t.shape, t.dtype, layout_of(t)) for t in (x, weight, bias)
+        )
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, *output[1:5])
@@ -244,7 +246,7 @@ class _SavedInBits(Function):
                 _vjp, ctx.norm, ctx.rounding, cotangent, *ctx.saved_tensors
             )
             gradients = tuple(
-                grad.view(like[0]).to(like[1]) if needed else None
+                grad.view(like[0]).to(like[1]).contiguous(memory_format=like[2]) if needed else None
                 for grad, like, needed in zip(gradients, ctx.likes, ctx.needs_input_grad[2:5])
             )
         return (None, None, *gradients, *[None] * (len(ctx.needs_input_grad) - 5))

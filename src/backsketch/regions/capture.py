@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from backsketch.regions.arithmetic import in_8_bits
@@ -25,10 +26,11 @@ from backsketch.regions.partition import partition
 from backsketch.regions.program import KeptBackward, Program, RowsApart
 from backsketch.regions.saving import round_saved
 from backsketch.regions.spec import Region
-from backsketch.regions.structure import Coupled, RowSymbols
+from backsketch.regions.structure import Coupled, RowSymbols, outputs_of
 from backsketch.torch_private import (
     ForwardFacts,
     aot_autograd,
+    changed_inputs,
     forward_facts,
     pytree,
 )
@@ -139,6 +141,7 @@ class _Graphs:
 
     def forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.facts = forward_facts()
+        _save_copies(graph, self.num_outputs, changed_inputs())
         self.run_forward = self.compiler.forward(graph, inputs)
         return self.run_forward
 
@@ -183,6 +186,25 @@ class _Graphs:
     def run_backward(self) -> GraphRunner:
         """The backward graph on all rows."""
         return self._exact or self.backward(*self.backward_graph())
+
+
+def _save_copies(fw: fx.GraphModule, num_outputs: int, changed: frozenset[int]) -> None:
+    """Save copies of the inputs that change after they were read, such as the statistics of a batch norm.
+
+    A checkpoint inside a region reads them again in the backward pass, where autograd refuses changed ones.
+    """
+    inputs = fw.graph.find_nodes(op="placeholder")
+    (end,) = fw.graph.find_nodes(op="output")
+    values = list(outputs_of(fw))
+    saved = [inputs[i] for i in sorted(changed) if inputs[i] in values[num_outputs:]]
+    for node in saved:
+        with fw.graph.inserting_after(inputs[-1]):
+            copy = fw.graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy.meta["val"] = node.meta["val"]
+        values[num_outputs:] = [copy if v is node else v for v in values[num_outputs:]]
+    if saved:
+        end.args = (tuple(values),)
+        fw.recompile()
 
 
 def _exactly(run: Callable[..., Any], reason: str) -> Callable[..., Any]:
