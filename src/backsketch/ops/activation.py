@@ -23,10 +23,10 @@ from torch.autograd import Function
 from backsketch import rounding as bits
 from backsketch.estimators import Estimator
 from backsketch.ops.double_backward import without_double_backward
+from backsketch.ops.layout import format_of
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
-from backsketch.torch_private import layout_of
 
 __all__ = ["PiecewiseLinear", "Smooth", "activation"]
 
@@ -119,7 +119,7 @@ class _Masked(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.outside, ctx.layout = inputs[0].numbers[2], layout_of(inputs[1])
+        ctx.outside, ctx.format = inputs[0].numbers[2], format_of(inputs[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
@@ -129,7 +129,7 @@ class _Masked(Function):
         if cotangent is None:
             return None, None
         grad = without_double_backward(bits.masked, cotangent, *ctx.saved_tensors, ctx.outside)
-        return None, grad.contiguous(memory_format=ctx.layout)
+        return None, grad.contiguous(memory_format=ctx.format)
 
 
 class _Rounded(Function):
@@ -148,7 +148,7 @@ class _Rounded(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.rounding, ctx.dtype, ctx.layout = inputs[1], inputs[2].dtype, layout_of(inputs[2])
+        ctx.rounding, ctx.dtype, ctx.format = inputs[1], inputs[2].dtype, format_of(inputs[2])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
@@ -158,7 +158,7 @@ class _Rounded(Function):
         if cotangent is None:
             return None, None, None, None
         grad = without_double_backward(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
-        return None, None, grad.to(ctx.dtype).contiguous(memory_format=ctx.layout), None
+        return None, None, grad.to(ctx.dtype).contiguous(memory_format=ctx.format), None
 
 
 def _times(rounding: Rounding, cotangent: Tensor, *packed: Tensor) -> Tensor:

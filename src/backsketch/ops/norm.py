@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from backsketch.estimators import Estimator
 from backsketch.ops.double_backward import without_double_backward
+from backsketch.ops.layout import format_of
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
@@ -142,12 +143,8 @@ class ChannelNorm(Norm):
         slope = self.shared(second * w) / entries
         offset = self.shared(total * w) / entries
         factors = torch.stack([w * rstd, -rstd * slope, -rstd * offset], 2).view(-1, 3)
-        grad = rounding.row_affine(rows, stats, factors, packed).view(g.shape)
-        return (
-            grad.contiguous(memory_format=layout_of(g)),
-            (first + second).sum(0) / 2,
-            total.sum(0),
-        )
+        grad = rounding.row_affine(rows, stats, factors, packed)
+        return grad, (first + second).sum(0) / 2, total.sum(0)
 
 
 @dataclass(frozen=True)
@@ -232,7 +229,7 @@ class _SavedInBits(Function):
         norm, rounding, x, weight, bias, *_ = inputs
         ctx.norm, ctx.rounding = norm, rounding
         ctx.likes = tuple(
-            None if t is None else (t.shape, t.dtype, layout_of(t)) for t in (x, weight, bias)
+            None if t is None else (t.shape, t.dtype, format_of(t)) for t in (x, weight, bias)
         )
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)

@@ -1,0 +1,21 @@
+"""The memory format of images, for gradients to have that of their input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["format_of"]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """Channels last where the channels of images lie next to each other, else contiguous.
+
+    By the strides, which compilers and function transforms let one read inside an autograd Function.
+    """
+    if x.ndim in _CHANNELS_LAST and x.shape[1] > 1 and x.stride(1) == 1:
+        if x.stride(-1) == x.shape[1]:
+            return _CHANNELS_LAST[x.ndim]
+    return torch.contiguous_format
