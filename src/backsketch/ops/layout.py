@@ -15,7 +15,7 @@ def format_of(x: Tensor) -> torch.memory_format:
 
     By the strides, which compilers and function transforms let one read inside an autograd Function.
     """
-    if x.ndim in _CHANNELS_LAST and x.shape[1] > 1 and x.stride(1) == 1:
-        if x.stride(-1) == x.shape[1]:
-            return _CHANNELS_LAST[x.ndim]
-    return torch.contiguous_format
+    if x.ndim not in _CHANNELS_LAST or x.shape[1] == 1:
+        return torch.contiguous_format
+    is_last = x.stride(1) == 1 and x.stride(-1) == x.shape[1]
+    return _CHANNELS_LAST[x.ndim] if is_last else torch.contiguous_format
