@@ -25,9 +25,11 @@ from backsketch.planning.control.schedule import Schedule
 from backsketch.planning.control.sites import movable_sites
 from backsketch.planning.measure.replay import Recorder
 from backsketch.planning.measure.rows import RowCurve, row_curve
+from backsketch.planning.measure.step import extra_variance
 from backsketch.planning.plan.frontier import frontier
 from backsketch.planning.profiling.families import FINE_LADDER
 from backsketch.planning.profiling.records import Option, SiteProfile
+from backsketch.regions import record_scores
 from backsketch.theory.noise import GradientSums
 from backsketch.theory.variance import minimal_sampling
 from helpers import monte_carlo
@@ -439,6 +441,17 @@ def test_a_run_that_was_interrupted_between_two_looks_goes_on_as_if_it_was_not(
     assert not any(t[2] for t in resumed.state_dict()["traces"][0])
     with pytest.raises(ValueError, match="made with target"):
         bs.Controller(again, 0.2).load_state_dict(state)
+
+
+def test_a_measurement_between_two_steps_is_not_taken_for_a_step(digits):
+    model = mlp()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    train(model, digits, 1)
+    recorder, scores = Recorder(model), record_scores(model, 4)
+    assert extra_variance(model, drawn(digits, 0, 2), loss_of) > 0
+    assert (recorder.call, recorder.count, len(scores)) == (None, 0, 0)
+    train(model, digits, 1)
+    assert (recorder.count, len(scores)) == (1, 1)
 
 
 def test_measuring_leaves_no_trace(digits):

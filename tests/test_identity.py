@@ -156,6 +156,18 @@ def test_the_gradient_of_channels_last_images_is_channels_last(layer):
         bs.restore_(module)
 
 
+def test_it_is_so_in_one_compiled_graph_and_for_each_sample():
+    layers = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.GELU()
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    bs.sketch_(model, {"*": bs.Quantized(bits=8)})
+    x = torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last).requires_grad_()
+    y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert grad.stride() == x.stride()
+    found = per_sample_gradients(model, x.detach()[:, None], "different")
+    assert {g.shape[0] for g in found.values()} == {3}
+
+
 L, S, N, E, H = 5, 7, 3, 8, 2
 BOOL = torch.rand(L, S, generator=torch.Generator().manual_seed(1)) < 0.3
 FLOAT = torch.randn(L, S, generator=torch.Generator().manual_seed(2))

@@ -18,6 +18,7 @@ from backsketch.memory import kept_by
 from backsketch.nn.swap import exact as exactly
 from backsketch.planning.measure.errors import extra_variance as measured
 from backsketch.planning.measure.passes import Diverged, LossFn
+from backsketch.planning.measure.recorder import unseen
 from backsketch.untouched import untouched
 
 __all__ = [
@@ -81,7 +82,7 @@ def extra_variance(
     if len(batches) < 2:
         raise ValueError(f"the variance over batches needs two batches, got {len(batches)}")
     try:
-        with untouched(model):
+        with unseen(model), untouched(model):  # a controller may wait for the next training call
             found = measured(model, batches, loss_fn, draws)
     except Diverged:
         return None
