@@ -156,6 +156,7 @@ def test_the_gradient_of_channels_last_images_is_channels_last(layer):
         bs.restore_(module)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_it_is_so_in_one_compiled_graph_and_for_each_sample():
     layers = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.GELU()
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
