@@ -23,7 +23,7 @@ from torch.autograd import Function
 from backsketch import rounding as bits
 from backsketch.estimators import Estimator
 from backsketch.ops.double_backward import without_double_backward
-from backsketch.ops.layout import format_of
+from backsketch.ops.layout import format_of, in_format
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
@@ -129,7 +129,7 @@ class _Masked(Function):
         if cotangent is None:
             return None, None
         grad = without_double_backward(bits.masked, cotangent, *ctx.saved_tensors, ctx.outside)
-        return None, grad.contiguous(memory_format=ctx.format)
+        return None, in_format(grad, ctx.format)
 
 
 class _Rounded(Function):
@@ -158,7 +158,7 @@ class _Rounded(Function):
         if cotangent is None:
             return None, None, None, None
         grad = without_double_backward(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
-        return None, None, grad.to(ctx.dtype).contiguous(memory_format=ctx.format), None
+        return None, None, in_format(grad.to(ctx.dtype), ctx.format), None
 
 
 def _times(rounding: Rounding, cotangent: Tensor, *packed: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from backsketch.estimators import Bilinear, Estimator
 from backsketch.estimators.bilinear import gather_scaled, scatter
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
+from backsketch.ops.layout import in_format
 from backsketch.ops.linear import Linear, check_estimator
 from backsketch.products import Geometry, Packed, Source
 
@@ -65,7 +66,7 @@ class Convolution(Bilinear):
     def unrows(self, grad_input: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not self.channels_last:
             return grad_input
-        return grad_input.contiguous(memory_format=torch.channels_last)
+        return in_format(grad_input, torch.channels_last)
 
     def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         return self._input_vjp(cotangent, weight, self.groups)

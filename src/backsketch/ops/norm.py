@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from backsketch.estimators import Estimator
 from backsketch.ops.double_backward import without_double_backward
-from backsketch.ops.layout import format_of
+from backsketch.ops.layout import format_of, in_format
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
@@ -243,7 +243,7 @@ class _SavedInBits(Function):
                 _vjp, ctx.norm, ctx.rounding, cotangent, *ctx.saved_tensors
             )
             gradients = tuple(
-                grad.view(like[0]).to(like[1]).contiguous(memory_format=like[2]) if needed else None
+                in_format(grad.view(like[0]).to(like[1]), like[2]) if needed else None
                 for grad, like, needed in zip(gradients, ctx.likes, ctx.needs_input_grad[2:5])
             )
         return (None, None, *gradients, *[None] * (len(ctx.needs_input_grad) - 5))
