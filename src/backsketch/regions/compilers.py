@@ -10,7 +10,13 @@ from torch import Tensor, fx
 
 from backsketch.regions import rows as row_ops
 from backsketch.regions.rows import Layout
-from backsketch.torch_private import boxed, compile_inner, decompositions, min_cut_partition
+from backsketch.torch_private import (
+    boxed,
+    compile_inner,
+    decompositions,
+    layout_of,
+    min_cut_partition,
+)
 
 __all__ = ["COMPILERS", "Compiler", "Inductor", "Rows", "Runner", "copied"]
 
@@ -47,14 +53,14 @@ class Compiler:
 
     def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
         """The graph on all rows: a function of the list of arguments."""
-        return boxed(_short(copied(graph)).forward)
+        return boxed(_as_eager(copied(graph)).forward)
 
     def kept_backward(self, graph: fx.GraphModule, inputs: Sequence[Any], rows: Rows) -> Runner:
         """The graph on kept rows: a function of (index, lead, full-size saved tensors, cotangents).
 
         Every saved tensor is gathered just before it is read, so that it is still in cache then.
         """
-        run = _short(fx.GraphModule(graph, _gathering(graph, rows))).forward
+        run = _as_eager(fx.GraphModule(graph, _gathering(graph, rows))).forward
         return lambda index, lead, args: run(index, lead, *args)
 
 
@@ -97,15 +103,26 @@ def _gathering(module: fx.GraphModule, rows: Rows) -> fx.Graph:
     return graph
 
 
-def _short(module: fx.GraphModule) -> fx.GraphModule:
-    """Without transposes of transposes, which AOTAutograd leaves around every matrix product."""
+def _as_eager(module: fx.GraphModule) -> fx.GraphModule:
+    """Without transposes of transposes, which AOTAutograd leaves around every matrix product; norms are safe."""
     for node in module.graph.find_nodes(op="call_function", target=aten.t.default):
         inner = node.args[0]
         if isinstance(inner, fx.Node) and inner.target is aten.t.default:
             node.replace_all_uses_with(inner.args[0])
+    backward = aten.native_group_norm_backward.default
+    for node in module.graph.find_nodes(op="call_function", target=backward):
+        node.target = _group_norm_backward
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _group_norm_backward(g: Tensor, x: Tensor, *args: Any) -> Any:
+    """PyTorch's kernel for a CPU is silently wrong where the two tensors differ in their memory format.
+
+    Autograd sees to that. In a captured graph ``g`` may come from another operator than the one it was traced with.
+    """
+    return aten.native_group_norm_backward(g.contiguous(memory_format=layout_of(x)), x, *args)
 
 
 class Inductor(Compiler):
