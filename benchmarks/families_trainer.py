@@ -3,8 +3,8 @@
     python benchmarks/families_trainer.py                       # exact, two fixed sketches, and auto
     python benchmarks/families_trainer.py --arm auto --only BERT
 
-writes results/families_trainer.json and .png. The models are those of families.py with random weights, twice as
-wide; the data are made up so that something can be learnt. Arms see the same batches from the same weights.
+writes results/families_trainer.json and .png. The models are those of families.py, with random weights; the data
+are made up so that something can be learnt. Arms see the same batches from the same weights.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ import matplotlib.pyplot as plt
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "families_trainer.json"
 ARMS = ["exact", "int8", "rows:keep=0.5", "auto"]
-STEPS, BATCH, ROWS = 32, 16, 128
-families.WIDTH = (
-    256  # as narrow as 128, 8-bit products save no time on most machines, and auto stays exact
-)
+STEPS, BATCHES = 32, 8  # batches in an epoch
 
 
 def made_up(example: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -53,18 +50,18 @@ def made_up(example: dict[str, Tensor], generator: torch.Generator) -> dict[str,
     return {"pixel_values": pixels, "labels": label}
 
 
-def trained(family: str, sketch: str) -> dict[str, Any]:
+def trained(family: str, sketch: str, batch_size: int) -> dict[str, Any]:
     """A training of one family under one sketch: its losses, and what the callback logged last."""
     build, batch = families.FAMILIES[family]
     torch.manual_seed(0)
     model = build()
     generator = torch.Generator().manual_seed(1)
     example = batch()
-    data = [made_up(example, generator) for _ in range(ROWS)]
+    data = [made_up(example, generator) for _ in range(BATCHES * batch_size)]
     callback = None if sketch == "exact" else SketchCallback(sketch, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         args = t.TrainingArguments(
-            folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=1e-3, logging_steps=1,
+            folder, max_steps=STEPS, per_device_train_batch_size=batch_size, learning_rate=1e-3, logging_steps=1,
             lr_scheduler_type="constant", save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
             log_level="error",
         )  # fmt: skip
@@ -109,15 +106,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", action="append", help="exact, a sketch's text or auto")
     parser.add_argument("--only", action="append", choices=families.FAMILIES)
+    parser.add_argument("--width", type=int, default=families.WIDTH)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    families.WIDTH = options.width
     content = json.loads(options.out.read_text()) if options.out.exists() else {"families": {}}
+    content |= {"width": options.width, "batch": options.batch}
     content["versions"] = {"torch": torch.__version__, "transformers": t.__version__}
     for family in options.only or families.FAMILIES:
         for arm in options.arm or ARMS:
-            result = trained(family, arm)
+            result = trained(family, arm, options.batch)
             content["families"].setdefault(family, {})[arm] = result
             print(family, arm, result["loss"][0], result["loss"][-1], result["logged"], flush=True)
             options.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -120,7 +120,7 @@ def _as_eager(module: fx.GraphModule) -> fx.GraphModule:
 def _group_norm_backward(g: Tensor, x: Tensor, *args: Any) -> Any:
     """PyTorch's kernel for a CPU is silently wrong where the two tensors differ in their memory format.
 
-    Autograd sees to that. In a captured graph ``g`` may come from another operator than the one it was traced with.
+    Autograd makes them equal. In a captured graph ``g`` may come from another operator than it was traced with.
     """
     return aten.native_group_norm_backward(g.contiguous(memory_format=layout_of(x)), x, *args)
 
