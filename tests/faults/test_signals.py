@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("typer")
+import typer
 from typer.testing import CliRunner
 
 from backsketch import cli
+from backsketch.commands.guard import told
 from backsketch.experiments import SweepConfig, run_sweep, sweep
 from backsketch.signals import asked, noted
 from backsketch.train import Interrupted, run, tasks, train
@@ -156,3 +159,11 @@ def test_while_results_are_written_the_run_finishes(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "write_json", interrupted)
     assert train(QUICK, out=tmp_path / "out", console=quiet())["steps"] == 10
     assert (tmp_path / "out" / "plot.png").is_file()
+
+
+def test_an_interrupt_in_the_middle_of_a_capture_is_not_explained() -> None:
+    """PyTorch warns with a traceback of the forward pass where a backward pass in anomaly mode ends."""
+    with pytest.raises(typer.Exit) as ended, told("stopped"):
+        warnings.warn("Error detected in MmBackward0. Traceback of forward call", stacklevel=1)
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 130

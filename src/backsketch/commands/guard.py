@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,9 @@ def told(stopped: str, *also: type[Exception]) -> Iterator[None]:
     """
     kinds: tuple[type[Exception], ...] = (UserError, *also)
     try:
-        with noted():
+        with warnings.catch_warnings(), noted():
+            # Captures run in anomaly mode, which would explain an interrupt by the line that it met.
+            warnings.filterwarnings("ignore", "Error detected in", UserWarning)
             yield
     except kinds as error:
         writer().print(f"[bold red]error:[/] {escape(str(error))}")
