@@ -163,7 +163,12 @@ def test_while_results_are_written_the_run_finishes(tmp_path, monkeypatch):
 
 def test_an_interrupt_in_the_middle_of_a_capture_is_not_explained() -> None:
     """PyTorch warns with a traceback of the forward pass where a backward pass in anomaly mode ends."""
-    with pytest.raises(typer.Exit) as ended, told("stopped"):
-        warnings.warn("Error detected in MmBackward0. Traceback of forward call", stacklevel=1)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with told("stopped"):
+            warnings.warn("Error detected in MmBackward0. Traceback of forward call", stacklevel=1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended:
+        interrupted()
     assert ended.value.exit_code == 130
