@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.conv import _ConvNd as ConvBase
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeBase
@@ -53,6 +54,7 @@ __all__ = [
     "recompile_limit",
     "recompile_limit_error",
     "same_but_no_view",
+    "scaled_float8_matmul",
     "traced_as_constant",
     "transforms_are_active",
     "unseen_by_compiler",
@@ -104,6 +106,32 @@ def float8_matmul(a: Tensor, b: Tensor) -> Tensor | None:
     one = torch.ones((), device=a.device)
     # Fast accumulation drops bits of the sum, by a rule and not by chance: a bias.
     result: Tensor = product(a, b, one, one, out_dtype=torch.float32, use_fast_accum=False)
+    return result
+
+
+def scaled_float8_matmul(a: Tensor, b: Tensor, row: Tensor | None, column: Tensor) -> Tensor:
+    """``diag(row) (a @ b) diag(column)`` of 8-bit floats in bfloat16, the dtype in which PyTorch scales rows.
+
+    Args:
+        a: ``(m, depth)``, its rows in contiguous memory.
+        b: ``(depth, n)``, its columns in contiguous memory.
+        row: scales ``(m,)``, or fewer; None is one.
+        column: scales ``(n,)``, or fewer.
+
+    Raises:
+        NotImplementedError: there is no such product; :func:`float8_matmul` is the way without it.
+    """
+    product = getattr(torch, "_scaled_mm", None)
+    if product is None:
+        raise NotImplementedError("this PyTorch multiplies no 8-bit floats")
+    if row is None:
+        row = a.new_ones(a.shape[0], dtype=torch.float32)
+    row, column = (
+        F.pad(scale, (0, wanted - scale.shape[0]))
+        for scale, wanted in ((row, a.shape[0]), (column, b.shape[1]))
+    )
+    scales = {"scale_a": row[:, None], "scale_b": column[None]}
+    result: Tensor = product(a, b, **scales, out_dtype=torch.bfloat16, use_fast_accum=False)
     return result
 
 

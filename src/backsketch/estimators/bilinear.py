@@ -70,7 +70,7 @@ class Bilinear:
         """The same layer with its backward products computed by ``source``, or None where there is no way."""
         return None
 
-    def slow_products(self) -> str:
+    def slow_products(self, device: torch.device) -> str:
         """Why the products of :meth:`with_products` gain no time for this kind of layer; empty if they may."""
         return ""
 

@@ -142,7 +142,7 @@ class EightBit(Estimator):
         slow = products.why_slow(weight.device, self.numbers)
         if slow:
             return f"expect no gain in time: {slow}"
-        return op.slow_products()
+        return op.slow_products(weight.device)
 
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:
         return self._variances(op).input_vjp(cotangent, weight).sum()

@@ -103,7 +103,9 @@ class Convolution(Bilinear):
     def with_products(self, source: Source) -> Bilinear | None:
         return RoundedConvolution(self, source)
 
-    def slow_products(self) -> str:
+    def slow_products(self, device: torch.device) -> str:
+        if device.type != "cpu":
+            return "expect a loss of time: convolutions have 8-bit kernels on the CPU alone"
         if len(self.kernel) > 2:
             return "expect no gain in time: there are no fused kernels over three dimensions"
         return ""

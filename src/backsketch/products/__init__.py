@@ -35,7 +35,7 @@ from torch import Tensor
 from backsketch.products import convolution as images
 from backsketch.products import eager, gpu, native
 from backsketch.products.convolution import Geometry
-from backsketch.products.numbers import NUMBERS, has_float8_product
+from backsketch.products.numbers import NUMBERS, depth_of, has_float8_product, padded, up
 from backsketch.sampling import key_of, operator
 
 __all__ = [
@@ -324,10 +324,11 @@ def _pack_impl(numbers: str, x: Tensor, seed: Tensor, stream: int) -> tuple[Tens
 
 def _pack_fake(numbers: str, x: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     n, j = x.shape
-    codes = x.new_empty((n + 3) // 4 * 4, (j + 15) // 16 * 16, dtype=torch.uint8)
-    return codes, x.new_empty(
-        NUMBERS[numbers].num_blocks(n), 2, j, dtype=torch.promote_types(x.dtype, torch.float32)
-    )
+    by_columns = eager.is_by_columns(x.device)
+    shape = (padded(j), padded(n)) if by_columns else (depth_of(n), up(j, 16))
+    statistics = (NUMBERS[numbers].num_blocks(n), 1 if by_columns else 2, j)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(shape, dtype=torch.uint8), x.new_empty(statistics, dtype=dtype)
 
 
 def _convolution_impl(

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from backsketch.products.numbers import BLOCK, INT8, Numbers, depth_of, up
+from backsketch.products.numbers import BLOCK, INT8, Numbers, depth_of, padded, up
 from backsketch.rounding import eager as rounding
 
 __all__ = [
     "BLOCK",
     "depth_of",
     "dither",
+    "is_by_columns",
     "magnitude",
     "pack",
     "round_by_columns",
@@ -64,9 +66,11 @@ def pack(x: Tensor, key: Key, numbers: Numbers = INT8) -> tuple[Tensor, Tensor]:
 
     Returns:
         uint8 ``(depth_of(n), j rounded up to 16)``, and ``(blocks, 2, j)``: scale and sum of the codes of each
-        block of rows and each column.
+        block of rows and each column. On a GPU, ``(padded(j), padded(n))``, by columns, and the scales only.
     """
     n, j = x.shape
+    if is_by_columns(x.device):
+        return _pack_by_columns(x, key, numbers)
     parts, stats = [], []
     for block in numbers.blocks(n):
         codes, scale = round_by_columns(x[block], key, block.start, numbers)
@@ -75,8 +79,23 @@ def pack(x: Tensor, key: Key, numbers: Numbers = INT8) -> tuple[Tensor, Tensor]:
     return torch.cat(parts).view(depth_of(n), up(j, 16)), torch.stack(stats)
 
 
+def _pack_by_columns(x: Tensor, key: Key, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    n, j = x.shape
+    parts = [round_by_columns(x[block], key, block.start, numbers) for block in numbers.blocks(n)]
+    codes = numbers.to_byte(torch.cat([codes for codes, _ in parts]).T)
+    filled = F.pad(codes, (0, padded(n) - n, 0, padded(j) - j))
+    return filled, torch.stack([scale[None] for _, scale in parts])
+
+
+def is_by_columns(device: torch.device) -> bool:
+    """Whether packed codes lie by columns, as products on a GPU read them."""
+    return device.type == "cuda"
+
+
 def unpack(codes: Tensor, n: int, j: int, numbers: Numbers = INT8) -> Tensor:
     """``(n, j)`` codes from what :func:`pack` returned."""
+    if is_by_columns(codes.device):
+        return numbers.from_byte(codes[:j, :n].T)
     flat, wide = codes.flatten(), codes.shape[1]
     parts = []
     for block in numbers.blocks(n):

@@ -1,33 +1,39 @@
-"""8-bit products on a GPU: operands rounded by Triton kernels, multiplied by PyTorch's library products.
+"""8-bit products on a GPU: operands rounded by Triton kernels, multiplied by one of Triton or by the library's.
 
 The codes are those of ``eager.py`` bit for bit; products of integers are the same too, those of floats up to the
-order in which the library sums. An operand is read twice (once for its largest magnitudes) and written once, in
-the layout that the product wants: contractions along the rows of both operands, dimensions in multiples of 16.
-
-No GPU was at hand when this was written: it is tested in Triton's interpreter, and nothing is known of its speed.
+order in which the library sums. Each operand is read as few times as its scales allow and written once, in the
+layout that products want: contractions along the rows of both operands, dimensions in multiples of 16.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from backsketch.products import eager
-from backsketch.products.numbers import BLOCK, FLOAT8, NUMBERS, Numbers, has_float8_product, up
-from backsketch.torch_private import float8_matmul, int8_matmul
+from backsketch.products.numbers import (
+    BLOCK,
+    FLOAT8,
+    NUMBERS,
+    Numbers,
+    has_float8_product,
+    padded,
+    up,
+)
+from backsketch.rounding.gpu import on, signed
+from backsketch.torch_private import float8_matmul, scaled_float8_matmul
 
 __all__ = ["Kernels", "agrees", "kernels", "why_not"]
 
-Codes = tuple[Tensor | None, Tensor | None]  # by rows, by columns
-_TILE = {"ROWS": 32, "COLUMNS": 128}
 _EXACT = {"enable_fp_fusion": False}  # x * rate + half is two roundings, as in the definition
-_LEAST = 32  # rows of the first operand: _int_mm wants more than 16
+_OF_ROWS = {"ROWS": 32, "COLUMNS": 128}
+_OF_COLUMNS = {"ROWS": BLOCK, "COLUMNS": 32}
+_OF_ENTRIES = {"ROWS": 32, "COLUMNS": 128}
+_LARGE = 160 * 1024  # bytes of shared memory of a program, which the larger tiles need
 
 
 class Kernels:
@@ -38,6 +44,7 @@ class Kernels:
 
         self._triton: Any = triton_kernels
         self.numbers: Numbers = NUMBERS[numbers]
+        self._floats = self.numbers is FLOAT8
 
     def vjps(
         self,
@@ -48,14 +55,15 @@ class Kernels:
         keys: tuple[eager.Key, ...],
         with_bias: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See :func:`backsketch.products.eager.vjps`; the results are float32."""
-        with _on(g.device):
+        """See :func:`backsketch.products.eager.vjps`; the results have the dtype of g."""
+        with on(g.device):
             return self._vjps(g, x, weight, packed, keys, with_bias)
 
     def pack(self, x: Tensor, key: eager.Key) -> tuple[Tensor, Tensor]:
-        """See :func:`backsketch.products.eager.pack`: in the layout of the host, which is slow to make here."""
-        with _on(x.device):
-            return self._pack(x, key)
+        """See :func:`backsketch.products.eager.pack`, of which this is the layout by columns."""
+        with on(x.device):
+            codes, scale = self._by_columns(x, key, in_blocks=True)
+        return codes, scale[:, None]
 
     def _vjps(
         self,
@@ -68,163 +76,159 @@ class Kernels:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         grad_input = grad_weight = None
         if weight is not None or x is not None:
-            largest = torch.linalg.vector_norm(g, torch.inf, 1, keepdim=True, dtype=torch.float32)
-            scale, rate = self.numbers.scale(largest)
-            codes, turned = self._round(
-                g, rate, keys[0], wants=(weight is not None, x is not None), by_row=True
-            )
+            codes, turned, row = self._by_rows(g, keys[0], weight is not None, x is not None)
             if weight is not None:
-                grad_input = self._input_vjp(codes, scale, weight, keys[1])
+                of_weight, column = self._by_columns(weight, keys[1], in_blocks=False)
+                grad_input = self._product(codes, of_weight, row, column[0], g)
             if x is not None:
-                grad_weight = self._weight_vjp(turned, scale, x, keys[2], g.shape[1])
+                of_x, column = self._by_columns(x, keys[2], in_blocks=True, rows=row)
+                grad_weight = self._sum(turned, of_x, None, column, g)
         if x is None and packed is not None:
-            grad_weight = self._packed_weight_vjp(g, *packed, keys[3])
+            turned, row = self._by_columns(g, keys[3], in_blocks=True)
+            grad_weight = self._sum(turned, packed[0], row, packed[1][:, 0], g)
         return grad_input, grad_weight, g.sum(0, dtype=torch.float32) if with_bias else None
 
-    def _pack(self, x: Tensor, key: eager.Key) -> tuple[Tensor, Tensor]:
-        n, j = x.shape
-        scale, rate = self.numbers.scale(self._largest(x, None))
-        codes = self._values(self._round(x, rate, key, wants=(True, False))[0])[:n, :j]
-        parts = [codes[block] for block in self.numbers.blocks(n)]
-        sums = torch.stack([part.sum(0).to(scale.dtype) for part in parts])
-        flat = torch.cat([self.numbers.to_bytes(part) for part in parts])
-        return flat.view(eager.depth_of(n), up(j, 16)), torch.stack([scale, sums], 1)
+    # Rounding ------------------------------------------------------------------------------------
 
-    def _input_vjp(
-        self, codes: Tensor | None, scale: Tensor, weight: Tensor, key: eager.Key
+    def _by_rows(
+        self, g: Tensor, key: eager.Key, wants_codes: bool, wants_turned: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Codes by rows ``(n, k)`` and by columns ``(k, n)``, filled up, and the scales of the rows ``(n,)``."""
+        n, k = g.shape
+        deep, wide = padded(n), padded(k)
+        codes = g.new_empty(deep, wide, dtype=torch.uint8) if wants_codes else None
+        turned = g.new_empty(wide, deep, dtype=torch.uint8) if wants_turned else None
+        scale = g.new_empty(n, dtype=torch.float32)
+        self._triton.round_rows[(-(-deep // _OF_ROWS["ROWS"]),)](
+            g, codes, turned, scale, n, k, deep, wide, up(k, 32) // 2, *map(signed, key),
+            FLOATS=self._floats, HAS_CODES=wants_codes, HAS_TURNED=wants_turned, **_OF_ROWS, **_EXACT,
+        )  # fmt: skip
+        return codes, turned, scale
+
+    def _by_columns(
+        self, x: Tensor, key: eager.Key, *, in_blocks: bool, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes by columns ``(k, n)``, filled up, and scales ``(blocks, k)`` of ``diag(rows) x``."""
+        n, k = x.shape
+        deep, wide = padded(n), padded(k)
+        turned = x.new_empty(wide, deep, dtype=torch.uint8)
+        sizes = n, k, deep, wide, up(k, 32) // 2, *map(signed, key)
+        grid = (-(-deep // BLOCK), -(-wide // _OF_COLUMNS["COLUMNS"]))
+        options = {"HAS_ROWS": rows is not None, **_OF_COLUMNS, **_EXACT}
+        if in_blocks and self.numbers.block == BLOCK:
+            scale = x.new_empty(self.numbers.num_blocks(n), k, dtype=torch.float32)
+            self._triton.round_blocks[grid](x, rows, turned, scale, *sizes, **options)
+            return turned, scale
+        scale = x.new_empty(1, k, dtype=torch.float32)
+        bits = x.new_empty(-(-n // BLOCK), k, dtype=torch.int32)
+        largest = None if rows is None else rows.amax()
+        self._triton.largest_of_columns[(len(bits), grid[1])](
+            x, rows, largest, bits, n, k, **options
+        )
+        bits = bits if len(bits) == 1 else bits.amax(0)
+        self._triton.round_columns[grid](
+            x, rows, largest, bits, turned, scale, *sizes, FLOATS=self._floats, **options
+        )
+        return turned, scale
+
+    # Products ------------------------------------------------------------------------------------
+
+    def _product(
+        self, a: Tensor | None, b: Tensor, row: Tensor, column: Tensor, like: Tensor
     ) -> Tensor:
-        assert codes is not None
-        largest = self._largest(weight, None).amax(0, keepdim=True)
-        column, rate = self.numbers.scale(largest)
-        turned = self._round(weight, rate, key, wants=(False, True), in_blocks=False)[1]
-        assert turned is not None
-        out = weight.new_empty(scale.shape[0], weight.shape[1], dtype=torch.float32)
-        depth = min(self.numbers.depth, codes.shape[1])
-        for start in range(0, codes.shape[1], depth):
-            part = slice(start, start + depth)
-            product = self._product(codes[:, part], turned[:, part])
-            self._rescale(product, column, scale, out, adds=start > 0)
+        """``diag(row) (a @ b.T) diag(column)`` in the dtype of ``like``, from codes that are filled up."""
+        assert a is not None
+        if self._floats:
+            return self._of_floats(a, b, row, column, like.dtype)
+        out = like.new_empty(row.shape[0], column.shape[0])
+        self._launch("product_of_rows", a, b, row, column, out, PART=self.numbers.depth)
         return out
-
-    def _weight_vjp(
-        self, turned: Tensor | None, scale: Tensor, x: Tensor, key: eager.Key, width: int
-    ) -> Tensor:
-        """The rows of x take the scales of the rows of g with them, relative to the largest of their block."""
-        assert turned is not None
-        n = x.shape[0]
-        block = min(self.numbers.block, n)
-        largest = F.pad(scale[:, 0], (0, -n % block)).view(-1, block).amax(1)
-        of_rows = largest.repeat_interleave(block)[:n, None]
-        factor = torch.where(of_rows == 0, 0.0, scale / of_rows)
-        column, rate = self.numbers.scale(self._largest(x, factor))
-        of_x = self._round(x, rate, key, wants=(False, True), factor=factor)[1]
-        return self._sum(turned, of_x, (width, x.shape[1]), column * largest[:, None], None)
-
-    def _packed_weight_vjp(self, g: Tensor, codes: Tensor, stats: Tensor, key: eager.Key) -> Tensor:
-        n, j = g.shape[0], stats.shape[2]
-        scale, rate = self.numbers.scale(self._largest(g, None))
-        turned = self._round(g, rate, key, wants=(False, True))[1]
-        values = eager.unpack(codes, n, j, self.numbers)
-        assert turned is not None
-        of_x = values.new_zeros(_padded(j), turned.shape[1])
-        of_x[:j, :n] = values.T
-        return self._sum(turned, self._bytes(of_x), (g.shape[1], j), stats[:, 0], scale)
 
     def _sum(
-        self, a: Tensor | None, b: Tensor | None, shape: tuple[int, int], column: Tensor, row: Tensor | None
-    ) -> Tensor:  # fmt: skip
-        """Products of blocks of columns of a ``(m, n)`` and b ``(k, n)``, each scaled, summed in float32."""
+        self, a: Tensor | None, b: Tensor, row: Tensor | None, column: Tensor, like: Tensor
+    ) -> Tensor:
+        """The same as a sum over blocks with scales of their own: ``(blocks, m)`` and ``(blocks, n)``."""
         assert a is not None
-        assert b is not None
-        out = column.new_empty(shape)
-        for number, block in enumerate(self.numbers.blocks(a.shape[1])):
-            product = self._product(a[:, block], b[:, block])
-            of_row = None if row is None else row[number].contiguous()
-            self._rescale(product, column[number].contiguous(), of_row, out, adds=number > 0)
+        if self._floats:
+            return self._of_floats(
+                a, b, None if row is None else row[0], column[0], like.dtype, like.shape[1]
+            )
+        out = like.new_empty(like.shape[1], column.shape[1])
+        self._launch(
+            "product_of_blocks", a, b, row, column, out, HAS_ROW=row is not None, DEPTH=BLOCK
+        )
         return out
 
-    # Kernels and library products ----------------------------------------------------------------
-
-    def _largest(self, x: Tensor, factor: Tensor | None) -> Tensor:
-        """``(blocks, k)``: largest magnitudes of the columns of ``x * factor``."""
-        n, k = x.shape
-        out = x.new_empty(-(-n // BLOCK), k, dtype=torch.int32)
-        self._triton.largest_of_columns[(out.shape[0], -(-k // 32))](
-            x, factor, out, n, k,
-            HAS_FACTOR=factor is not None, ROWS=BLOCK, COLUMNS=32, **_EXACT,
+    def _launch(
+        self, name: str, a: Tensor, b: Tensor, row: Tensor | None, column: Tensor, out: Tensor, **options: Any
+    ) -> None:  # fmt: skip
+        m, n = out.shape
+        shape = {**_tiles(a.device), **options}
+        grid = (-(-m // shape["ROWS"]) * -(-n // shape["COLUMNS"]),)
+        getattr(self._triton, name)[grid](
+            a.view(torch.int8), b.view(torch.int8), row, column, out, m, n, a.shape[1], b.shape[1],
+            a.shape[1], **shape, **_EXACT,
         )  # fmt: skip
-        largest = out if self.numbers.block == BLOCK else out.amax(0, keepdim=True)
-        return largest.view(torch.float32)
 
-    def _round(
-        self,
-        x: Tensor,
-        rate: Tensor,
-        key: eager.Key,
-        wants: tuple[bool, bool],
-        *,
-        by_row: bool = False,
-        in_blocks: bool = True,
-        factor: Tensor | None = None,
-    ) -> Codes:
-        """Codes by rows ``(n, k)`` and by columns ``(k, n)``, as bytes, filled up with zeros."""
-        n, k = x.shape
-        deep, wide = _padded(n), _padded(k)
-        codes = x.new_empty(deep, wide, dtype=torch.uint8) if wants[0] else None
-        turned = x.new_empty(wide, deep, dtype=torch.uint8) if wants[1] else None
-        block = BLOCK if in_blocks and self.numbers.block == BLOCK else 0
-        self._triton.round_to_codes[(-(-deep // _TILE["ROWS"]), -(-wide // _TILE["COLUMNS"]))](
-            x, factor, rate, codes, turned, n, k, deep, wide, up(k, 32) // 2, *map(_signed, key),
-            BY_ROW=by_row, BLOCK=block, FLOATS=self.numbers is FLOAT8, HAS_FACTOR=factor is not None,
-            HAS_CODES=wants[0], HAS_TURNED=wants[1], **_TILE, **_EXACT,
-        )  # fmt: skip
-        return codes, turned
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b.T`` for codes ``(m, n)`` and ``(k, n)``: int32, or float32 for floats."""
-        if self.numbers is not FLOAT8:
-            product = int8_matmul(a.view(torch.int8), b.view(torch.int8).T)
-        elif a.device.type == "cpu" or has_float8_product(a.device):
-            product = float8_matmul(a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn).T)
-        else:
-            product = None
+    def _of_floats(
+        self, a: Tensor, b: Tensor, row: Tensor | None, column: Tensor, dtype: torch.dtype, m: int = 0
+    ) -> Tensor:  # fmt: skip
+        m, n = m or row.shape[0], column.shape[0]  # type: ignore[union-attr]
+        left, right = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
+        product: Tensor | None = None
+        if dtype == torch.bfloat16 and _scales_products(a.device):
+            scaled = scaled_float8_matmul(left, right.T, row, column)
+            return scaled[:m, :n].contiguous()
+        if a.device.type == "cpu" or has_float8_product(a.device):
+            product = float8_matmul(left, right.T)
         if product is None:
-            product = self.numbers.product(self._values(a), self._values(b).T, torch.float32)
-        return product
-
-    def _rescale(
-        self, product: Tensor, column: Tensor, row: Tensor | None, out: Tensor, adds: bool
-    ) -> None:
-        n, k = out.shape
-        self._triton.rescale[(-(-n // _TILE["ROWS"]), -(-k // _TILE["COLUMNS"]))](
-            product, column, row, out, n, k, product.stride(0),
-            HAS_ROW=row is not None, ADDS=adds, **_TILE, **_EXACT,
+            product = left.float() @ right.float().T
+        out = product.new_empty(m, n, dtype=dtype)
+        grid = (-(-m // _OF_ENTRIES["ROWS"]), -(-n // _OF_ENTRIES["COLUMNS"]))
+        self._triton.rescale[grid](
+            product, row, column, out, m, n, product.stride(0),
+            HAS_ROW=row is not None, **_OF_ENTRIES, **_EXACT,
         )  # fmt: skip
-
-    def _values(self, codes: Tensor | None) -> Tensor:
-        """Bytes as the numbers that they stand for."""
-        assert codes is not None
-        if self.numbers is FLOAT8:
-            return codes.view(torch.float8_e4m3fn).to(torch.float32)
-        return codes.view(torch.int8).to(torch.int32)
-
-    def _bytes(self, values: Tensor) -> Tensor:
-        kind = torch.float8_e4m3fn if self.numbers is FLOAT8 else torch.int8
-        return values.to(kind).view(torch.uint8)
+        return out
 
 
-def _signed(word: int) -> int:
-    """The same 32 bits: Triton would take a larger number for one of 64."""
-    return word - (1 << 32) if word >> 31 else word
+@lru_cache
+def _scales_products(device: torch.device) -> bool:
+    """Whether the library multiplies 8-bit floats and scales rows and columns in one call, and rightly so."""
+    if device.type != "cuda" or not has_float8_product(device):
+        return False
+    codes = torch.ones(32, 16, device=device, dtype=torch.float8_e4m3fn)
+    row, column = (torch.arange(1.0, 33.0, device=device) for _ in range(2))
+    try:
+        product = scaled_float8_matmul(codes, codes.T, row, column)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return torch.equal(product, (16 * row[:, None] * column).to(product.dtype))
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _padded(n: int) -> int:
-    return max(up(n, 16), _LEAST)
+@lru_cache
+def _tiles(device: torch.device) -> dict[str, int]:
+    """Tiles of the products, and how they are computed, by the shared memory of the device."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    memory = getattr(properties, "shared_memory_per_block_optin", 0)
+    if memory < _LARGE:
+        return {
+            "ROWS": 64,
+            "COLUMNS": 64,
+            "DEPTH": 128,
+            "GROUP": 8,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
+    stages = 3 if memory > 3 * 2 * 128 * BLOCK else 2
+    return {
+        "ROWS": 128,
+        "COLUMNS": 128,
+        "DEPTH": 128,
+        "GROUP": 8,
+        "num_warps": 8,
+        "num_stages": stages,
+    }
 
 
 @lru_cache

@@ -15,15 +15,32 @@ from torch.nn import functional as F
 
 from backsketch.torch_private import float8_matmul
 
-__all__ = ["BLOCK", "FLOAT8", "INT8", "NUMBERS", "Floats", "Integers", "Numbers", "depth_of", "up"]
+__all__ = [
+    "BLOCK",
+    "FLOAT8",
+    "INT8",
+    "NUMBERS",
+    "Floats",
+    "Integers",
+    "Numbers",
+    "depth_of",
+    "padded",
+    "up",
+]
 
 BLOCK = 256  # rows that share the scale of a column of integers in grad_weight
 _RIGHT = 64  # columns of a panel of packed codes
 _ALL = 1 << 60
+_LEAST = 32
 
 
 def up(n: int, to: int) -> int:
     return (n + to - 1) // to * to
+
+
+def padded(n: int) -> int:
+    """A dimension of an operand as products on a GPU want it."""
+    return max(up(n, 16), _LEAST)
 
 
 def depth_of(n: int) -> int:
@@ -68,6 +85,14 @@ class Numbers(ABC):
     @abstractmethod
     def from_bytes(self, flat: Tensor, rows: int, columns: int) -> Tensor:
         """Undo :meth:`to_bytes`."""
+
+    @abstractmethod
+    def to_byte(self, codes: Tensor) -> Tensor:
+        """Codes as uint8 by their bits, in their shape."""
+
+    @abstractmethod
+    def from_byte(self, encoded: Tensor) -> Tensor:
+        """Undo :meth:`to_byte`."""
 
     @abstractmethod
     def encode(self, codes: Tensor) -> Tensor:
@@ -147,6 +172,12 @@ class Integers(Numbers):
         codes = torch.cat(panels, 1)[:rows, :columns]
         return codes.contiguous().view(torch.int8).to(torch.int32)
 
+    def to_byte(self, codes: Tensor) -> Tensor:
+        return (codes & 0xFF).to(torch.uint8)
+
+    def from_byte(self, encoded: Tensor) -> Tensor:
+        return encoded.view(torch.int8).to(torch.int32)
+
     def encode(self, codes: Tensor) -> Tensor:
         return (codes + 128).to(torch.uint8)
 
@@ -202,11 +233,13 @@ class Floats(Numbers):
         codes = flat.view(torch.float8_e4m3fn).view(-1, up(columns, 16))
         return codes.to(torch.float32)[:rows, :columns]
 
-    def encode(self, codes: Tensor) -> Tensor:
+    def to_byte(self, codes: Tensor) -> Tensor:
         return codes.to(torch.float8_e4m3fn).view(torch.uint8)
 
-    def decode(self, encoded: Tensor) -> Tensor:
+    def from_byte(self, encoded: Tensor) -> Tensor:
         return encoded.view(torch.float8_e4m3fn).to(torch.float32)
+
+    encode, decode = to_byte, from_byte
 
 
 def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backsketch.rounding import eager, native
+from backsketch.rounding import eager, gpu, native
 from backsketch.sampling import key_of, operator
 
 __all__ = ["Rounding", "mask", "masked", "units"]
@@ -133,9 +133,23 @@ def units(x: Tensor, rounding: Rounding, twice: bool = False) -> tuple[Tensor, T
 # --------------------------------------------------------------------------------------------------
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
 def _kernels(*tensors: Tensor) -> Any:
-    fit = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.uint8) for t in tensors)
-    return native.library() if fit else None
+    """What computes in one pass over these tensors, if anything does."""
+    device, dtypes = tensors[0].device, {t.dtype for t in tensors} - {torch.uint8}
+    if device.type == "cuda" and dtypes <= {torch.float32, *_HALF}:
+        return gpu.kernels(device)
+    return native.library() if device.type == "cpu" and dtypes <= {torch.float32} else None
+
+
+def _to_pack(x: Tensor) -> Tensor:
+    """``(n,)``, in a dtype that is packed: on a GPU half precision as it is."""
+    flat = _flat(x)
+    if x.dtype in _HALF and _kernels(flat) is not None:
+        return flat
+    return flat.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -145,8 +159,7 @@ def _flat(x: Tensor) -> Tensor:
 def _pack_impl(
     x: Tensor, seed: Tensor, stream: int, bits: int, group_size: int, twice: bool
 ) -> tuple[Tensor, Tensor]:
-    flat = _flat(x)
-    flat = flat.to(torch.promote_types(x.dtype, torch.float32))
+    flat = _to_pack(x)
     run = _kernels(flat) or eager
     return run.pack(flat, key_of(seed, stream), bits, group_size, twice)
 
@@ -162,8 +175,7 @@ def _pack_fake(
 def _pack_slope_impl(
     x: Tensor, y: Tensor, function: str, seed: Tensor, stream: int, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, y = _flat(x).to(wide), _flat(y).to(wide)
+    x, y = _to_pack(x), _to_pack(y)
     run = _kernels(x, y) or eager
     return run.pack_slope(x, y, function, key_of(seed, stream), bits, group_size)
 
