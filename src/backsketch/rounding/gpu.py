@@ -182,5 +182,5 @@ def agrees(own: Kernels, device: torch.device | str) -> bool:
         rest = 1000, bits, 64, 1 if twice else -1
         if not torch.equal(own.restore(*ours, *rest).cpu(), eager.restore(*expected, *rest)):
             return False
-    bits = own.mask(there, -0.5, 1.0)
-    return torch.equal(bits.cpu(), eager.mask(x, -0.5, 1.0))
+    inside = own.mask(there, -0.5, 1.0)
+    return torch.equal(inside.cpu(), eager.mask(x, -0.5, 1.0))
