@@ -175,7 +175,7 @@ class HeadAndLoss(nn.Module):
         self.head = bs.nn.LinearCrossEntropy(5, 7)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x, torch.arange(len(x)) % 7)
+        return self.head(x, torch.arange(len(x), device=x.device) % 7)
 
 
 # Every kind of layer with products to sketch: a module around one, and its inputs.
