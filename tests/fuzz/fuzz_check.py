@@ -42,15 +42,15 @@ Gradients = dict[str, Tensor]
 
 
 class Rejected(Exception):
-    """The case says nothing: PyTorch itself refuses the module."""
+    """The case says nothing: PyTorch itself refuses the module, or computes something else the second time."""
 
 
 class Failure(AssertionError):
     """A property does not hold."""
 
 
-def check(case: Case, draws: tuple[int, ...] = DRAWS) -> str:
-    """Check one case, with a number of draws for each look at what deviates.
+def check(case: Case, draws: tuple[int, ...] = DRAWS, device: str = "cpu") -> str:
+    """Check one case, with a number of draws for each look at what deviates, on a device.
 
     Returns:
         How it ended: ``sketched``; ``refused``, by an error of the library that names its reason; or ``left
@@ -60,10 +60,10 @@ def check(case: Case, draws: tuple[int, ...] = DRAWS) -> str:
         Rejected: see there.
         Failure: a property does not hold. Any other exception is a failure, too.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _repeatable(device):
         # PyTorch says it once in a process, and where would depend on the cases before.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
-        return _checked(Run(case), draws)
+        return _checked(Run(case, device), draws)
 
 
 def _checked(run: Run, draws: tuple[int, ...]) -> str:
@@ -92,28 +92,60 @@ def _checked(run: Run, draws: tuple[int, ...]) -> str:
 
 
 class Run:
-    """A case, built: the model, its data, a fixed cotangent for each output, and the exact gradients."""
+    """A case, built: the model, its data, a fixed cotangent for each output, and the exact gradients.
 
-    def __init__(self, case: Case) -> None:
+    All random numbers of it come from the CPU, so that a case is the same on every device.
+    """
+
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         torch.manual_seed(case.seed)
-        self.case = case
+        self.case, self.device = case, torch.device(device)
         self.dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
-        self.model = self._build().to(self.dtype)
+        self.model = self._build().to(self.device, self.dtype)
         # Rows of unequal size, or scores would have nothing to find.
         sizes = torch.linspace(0.3, 1.5, case.batch).view(-1, *[1] * len(SIZES[case.domain]))
-        self.x = (torch.randn(case.batch, *SIZES[case.domain]) * sizes).to(self.dtype)
-        self.cotangents = torch.randn(case.batch, 512)
+        x = torch.randn(case.batch, *SIZES[case.domain]) * sizes
+        self.x = x.to(self.device, self.dtype)
+        self.cotangents = torch.randn(case.batch, 512).to(self.device)
         if case.channels_last:
             self.model.to(memory_format=torch.channels_last)
             self.x = self.x.contiguous(memory_format=torch.channels_last)
         try:
+            self._try_deterministically()
             self.exact_outputs = self.values(self.model)
             self.exact = self.gradients(self.model)
+            again = self.gradients(self.model)
+            self.random_states = self.streams()
+            self.noise = self._noise()
         except (RuntimeError, ValueError, UserWarning) as error:
             raise Rejected(str(error)) from error
-        _equal(self.gradients(self.model), self.exact, "the second time, without a sketch")
-        self.random_state = torch.get_rng_state()
-        self.noise = self._noise()
+        self._same_again(again)
+
+    def streams(self) -> list[Tensor]:
+        """The state of every global random stream that the case may draw from."""
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.device)] if self._is_cuda else states
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _try_deterministically(self) -> None:
+        """Raise where PyTorch has no deterministic kernel on a GPU: there two passes would differ anyway."""
+        if self._is_cuda:
+            torch.use_deterministic_algorithms(True)
+            try:
+                self.gradients(self.model)
+            finally:
+                torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def _same_again(self, again: Gradients) -> None:
+        try:
+            _equal(again, self.exact, "the second time, without a sketch")
+        except Failure as difference:
+            if self._is_cuda:
+                raise Rejected(str(difference)) from difference
+            raise
 
     def _build(self) -> Model:
         return Model(self.case.nodes, self.case.domain, self.case.output).train()
@@ -128,7 +160,8 @@ class Run:
         """
         wide = self._build()  # again instead of a copy: structures hold closures over their modules
         wide.load_state_dict(self.model.state_dict())
-        gradients = self.gradients(wide.double(), self.x.double(), autocast=False)
+        wide.to(self.device, torch.float64)
+        gradients = self.gradients(wide, self.x.double(), autocast=False)
         noise = dict.fromkeys(self.exact, 0.0)
         for scale in SCALES:
             for n, g in self.gradients(self.model, scale=scale).items():
@@ -147,7 +180,7 @@ class Run:
         """Every tensor of the output; dropout masks are the same in each call."""
         torch.manual_seed(self.case.seed + 1)
         enabled = autocast and self.case.dtype == "autocast"
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             return list(_tensors(model(x)))
 
     def gradients(
@@ -177,8 +210,24 @@ class Run:
         return {**found, "input": x.grad}
 
     def _cotangent(self, y: Tensor, scale: float) -> Tensor:
-        rows = scale * torch.linspace(0.2, 2, len(y))[:, None]
+        rows = scale * torch.linspace(0.2, 2, len(y)).to(self.device)[:, None]
         return (rows * self.cotangents[: len(y), : y.numel() // len(y)]).view(y.shape).to(y)
+
+
+@contextmanager
+def _repeatable(device: str) -> Iterator[None]:
+    """On a GPU: deterministic kernels where there are any, float32 without TF32, no warnings of that."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    warnings.filterwarnings("ignore", "(?i).*(determinis|cuda|cudnn|cublas)", UserWarning)
+    cudnn = torch.backends.cudnn
+    cudnn.deterministic, cudnn.conv.fp32_precision = True, "ieee"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager
@@ -203,7 +252,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _unbiased(run: Run, looks: tuple[int, ...]) -> None:
     run.gradients(run.model)  # the first pass of a region is exact
-    if not torch.equal(torch.get_rng_state(), run.random_state):
+    if not all(map(torch.equal, run.streams(), run.random_states)):
         raise Failure("the global random stream is not where an exact pass leaves it")
     suspects = {(name, which) for name in run.exact for which in DIRECTIONS}
     for number, draws in enumerate(looks):

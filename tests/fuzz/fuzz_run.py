@@ -3,18 +3,24 @@
 PYTHONPATH=tests python tests/fuzz/fuzz_run.py --cases 1000 --out results/fuzz/fuzz.json
 PYTHONPATH=tests python tests/fuzz/fuzz_run.py --case 17
 PYTHONPATH=tests python tests/fuzz/fuzz_run.py --mutations --out results/fuzz/mutations.json
+PYTHONPATH=tests python tests/fuzz/fuzz_run.py --cases 1000 --device cuda --processes 12 --seconds 300
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +40,10 @@ NO_FAILURE = ("sketched", "left exact", "refused", "rejected")
 # Failures -------------------------------------------------------------------------------------------
 
 
-def outcome_of(case: Case, draws: tuple[int, ...] = fuzz_check.DRAWS) -> str:
+def outcome_of(case: Case, draws: tuple[int, ...] = fuzz_check.DRAWS, device: str = "cpu") -> str:
     """How a case ends: what :func:`fuzz_check.check` returns, ``rejected``, or the kind of failure."""
     try:
-        return fuzz_check.check(case, draws)
+        return fuzz_check.check(case, draws, device)
     except fuzz_check.Rejected:
         return "rejected"
     except fuzz_check.Failure as failure:
@@ -46,11 +52,11 @@ def outcome_of(case: Case, draws: tuple[int, ...] = fuzz_check.DRAWS) -> str:
         return type(error).__name__
 
 
-def shrink(case: Case) -> Case:
+def shrink(case: Case, device: str = "cpu") -> Case:
     """The smallest case found that ends as ``case`` does, leaving out one thing after the other."""
 
     def kind(case: Case) -> str:
-        return outcome_of(case, fuzz_check.QUICK).split(" ")[0]
+        return outcome_of(case, fuzz_check.QUICK, device).split(" ")[0]
 
     wanted = kind(case)
     candidates, tries = smaller(case), 0
@@ -61,20 +67,29 @@ def shrink(case: Case) -> Case:
     return case
 
 
-def explain(seed: int, draws: tuple[int, ...] = fuzz_check.DRAWS) -> str:
-    """What failed in the case of a seed, how to run it again, and a small case that fails alike."""
+def explain(
+    seed: int,
+    draws: tuple[int, ...] = fuzz_check.DRAWS,
+    device: str = "cpu",
+    in_a_hurry: bool = False,
+) -> str:
+    """What failed in the case of a seed, how to run it again, and a small case that fails alike.
+
+    In a hurry no smaller case is looked for, which takes as long as sixty cases.
+    """
     try:
-        fuzz_check.check(case_of(seed), draws)
-        reason = "it passed when it was run again"
+        fuzz_check.check(case_of(seed), draws, device)
+        reason = "it passed when it was run again\n"
     except Exception as error:
         reason = "".join(traceback.format_exception_only(error)).strip()
         reason += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
-    return (
+    there = "" if device == "cpu" else f" --device {device}"
+    text = (
         f"case {seed} fails: {reason}"
-        f"run it again:  PYTHONPATH=tests python tests/fuzz/fuzz_run.py --case {seed}\n"
+        f"run it again:  {COMMAND} --case {seed}{there}\n"
         f"it is          {case_of(seed)!r}\n"
-        f"made smaller   {shrink(case_of(seed))!r}"
     )
+    return text if in_a_hurry else f"{text}made smaller   {shrink(case_of(seed), device)!r}"
 
 
 # Mutations ------------------------------------------------------------------------------------------
@@ -118,60 +133,126 @@ def cases_until_found(mutation: str, start: int, limit: int = 100) -> int | None
 # Runs -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How the case of a seed ended, what there is to say of a failure, and processor seconds."""
+
+    seed: int
+    outcome: str
+    explanation: str
+    seconds: float
+
+
+def ended(seed: int, device: str, in_a_hurry: bool) -> Ended:
+    """Check the case of a seed; a failure is explained at once."""
+    began, explanation = time.process_time(), ""
+    outcome = outcome_of(case_of(seed), device=device)
+    if outcome not in NO_FAILURE:
+        outcome, explanation = "failed", explain(seed, device=device, in_a_hurry=in_a_hurry)
+    return Ended(seed, outcome, explanation, time.process_time() - began)
+
+
+def prepare() -> None:
+    """Set up a process that checks cases."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+
+
+def checked(seeds: range, device: str, processes: int, limit: float | None) -> Iterator[Ended]:
+    """Check the cases of some seeds, in this process or several; none is begun after ``limit`` seconds."""
+    deadline = time.monotonic() + (float("inf") if limit is None else limit)
+    waiting = (seed for seed in seeds if time.monotonic() < deadline)
+    if processes == 1:
+        return (ended(seed, device, limit is not None) for seed in waiting)
+    return _in_processes(processes, waiting, device, limit is not None)
+
+
+def _in_processes(processes: int, seeds: Iterator[int], *rest: Any) -> Iterator[Ended]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, prepare) as pool:
+
+        def submit(number: int) -> set[Future[Ended]]:
+            return {pool.submit(ended, seed, *rest) for seed in islice(seeds, number)}
+
+        running = submit(processes)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= submit(len(done))
+            yield from (future.result() for future in done)
+
+
 def run_cases(
-    seeds: range, report: Callable[[str], None], write: Callable[[dict[str, Any]], None]
+    cases: Iterable[Ended],
+    report: Callable[[str], None],
+    write: Callable[[dict[str, Any]], None],
+    every: int = 50,
 ) -> None:
-    """Check the cases of some seeds; what failed is explained at once.
+    """Count how cases end, and tell of what failed.
 
     Args:
-        seeds: the cases.
+        cases: as they end.
         report: gets lines about the progress and what failed.
-        write: gets the result of the cases so far, every fifty cases and at the end.
+        write: gets the result of the cases so far, every so many cases and at the end.
+        every: how many.
     """
     outcomes: Counter[str] = Counter()
     sketches: Counter[str] = Counter()
     layers: Counter[str] = Counter()
-    failures = []
-    began = time.process_time()
-    for number, seed in enumerate(seeds, start=1):
-        case = case_of(seed)
-        outcome = outcome_of(case)
-        if outcome not in NO_FAILURE:
-            failures.append(seed)
-            outcome = "failed"
-            report(explain(seed))
-        outcomes[outcome] += 1
-        if outcome == "sketched":
+    failures: list[int] = []
+    processor_seconds, number = 0.0, 0
+
+    def tell() -> None:
+        report(f"{number}: {dict(outcomes)}, {round(processor_seconds)} s")
+        write(
+            {
+                "cases": number,
+                "failures": sorted(failures),
+                "outcomes": dict(sorted(outcomes.items())),
+                "sketched_with": dict(sorted(sketches.items())),
+                "layers_in_sketched_cases": dict(sorted(layers.items())),
+                "processor_seconds": round(processor_seconds),
+            }
+        )
+
+    for number, result in enumerate(cases, start=1):
+        outcomes[result.outcome] += 1
+        processor_seconds += result.seconds
+        if result.outcome == "failed":
+            failures.append(result.seed)
+            report(result.explanation)
+        if result.outcome == "sketched":
+            case = case_of(result.seed)
             sketches.update({text.split(":")[0] for _, text in case.rules})
             layers.update(set().union(*(node.kinds() for node in case.nodes)))
-        if number % 50 == 0 or number == len(seeds):
-            seconds = round(time.process_time() - began)
-            report(f"{number}: {dict(outcomes)}, {seconds} s")
-            write(
-                {
-                    "cases": number,
-                    "failures": failures,
-                    "outcomes": dict(sorted(outcomes.items())),
-                    "sketched_with": dict(sorted(sketches.items())),
-                    "layers_in_sketched_cases": dict(sorted(layers.items())),
-                    "processor_seconds": seconds,
-                }
-            )
+        if number % every == 0:
+            tell()
+    if number % every or not number:
+        tell()
 
 
-def main() -> None:
-    """Run what the command line asks for; the exit code is 1 where something failed."""
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=1000, help="seed of the first case")
     parser.add_argument("--case", type=int, help="the seed of one case to run")
     parser.add_argument("--mutations", action="store_true")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
+    parser.add_argument("--device", default="cpu", help="where the cases run: cpu or cuda")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="after which no case is begun")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what the command line asks for; the exit code is 1 where something failed."""
+    options = arguments()
+    if options.device != "cpu":  # read when CUDA starts: repeatable products, none in TF32
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    prepare()
     if options.case is not None:
-        print(fuzz_check.check(case_of(options.case)))
+        print(fuzz_check.check(case_of(options.case), device=options.device))
         return
     results: list[dict[str, Any]] = []
 
@@ -179,6 +260,8 @@ def main() -> None:
         results.append(result)
         result["command"] = " ".join([COMMAND, *sys.argv[1:]])
         result["torch"] = torch.__version__
+        if options.device != "cpu":
+            result["device"] = torch.cuda.get_device_name(options.device)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -188,7 +271,9 @@ def main() -> None:
         failed = None in results[-1]["cases_until_found"].values()
     else:
         seeds = range(options.first, options.first + options.cases)
-        run_cases(seeds, lambda text: print(text, flush=True), write)
+        cases = checked(seeds, options.device, options.processes, options.seconds)
+        report = lambda text: print(text, flush=True)  # noqa: E731
+        run_cases(cases, report, write, every=50 if options.seconds is None else 10)
         failed = bool(results[-1]["failures"])
     print(json.dumps(results[-1], indent=1))
     sys.exit(failed)

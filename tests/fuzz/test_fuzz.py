@@ -9,7 +9,7 @@ import pytest
 from fuzz_cases import Case, case_of, smaller
 from fuzz_check import QUICK, Failure, Rejected, check
 from fuzz_modules import Node
-from fuzz_run import MUTATIONS, cases_until_found, explain
+from fuzz_run import MUTATIONS, Ended, cases_until_found, checked, explain, run_cases
 
 from backsketch.estimators.base import registered
 
@@ -75,3 +75,14 @@ def test_a_failing_case_says_how_to_run_it_and_is_made_smaller(monkeypatch):
     assert len(list(smaller(small))) < len(list(smaller(case_of(seed))))
     with pytest.raises(Failure, match="biased"):
         check(small, LOOK)
+
+
+def test_a_run_counts_how_cases_end_and_begins_none_when_the_time_is_over():
+    told, written = [], []
+    ends = [Ended(7, "failed", "case 7 fails", 1.0), Ended(3, "sketched", "", 2.0)]
+    run_cases(ends, told.append, written.append)
+    assert told[0] == "case 7 fails"
+    assert written[-1]["failures"] == [7]
+    assert written[-1]["outcomes"] == {"failed": 1, "sketched": 1}
+    assert written[-1]["processor_seconds"] == 3
+    assert list(checked(range(3), "cpu", 1, limit=0)) == []
