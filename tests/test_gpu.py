@@ -23,6 +23,8 @@ from backsketch.nn.swap import is_swapped
 from backsketch.products import gpu
 from backsketch.products.numbers import NUMBERS
 from backsketch.regions import runner, share
+from backsketch.rounding import Rounding
+from backsketch.rounding import gpu as rounding_gpu
 from cases import ADAPTED, ESTIMATORS, FAMILIES
 from chain_cases import ROUNDED, made
 from helpers import Called
@@ -170,8 +172,8 @@ def twins(
 @needs_gpu
 @every_kind_of_number
 def test_the_kernels_compile_and_pass_their_self_test(numbers):
+    assert gpu.agrees(gpu.Kernels(numbers), DEVICE)  # the error itself, not its name
     assert gpu.why_not(DEVICE, numbers) == ""
-    assert gpu.agrees(gpu.Kernels(numbers), DEVICE)
 
 
 @needs_gpu
@@ -208,6 +210,30 @@ def test_what_is_not_finite_reaches_the_gradients(numbers, monkeypatch):
     below, at_weight = (a for a, _ in pairs)
     assert bool(below[5].isnan().all() and below[:, 7].isnan().all())
     assert bool(at_weight[:, 4].isnan().all())
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_roundings_are_those_of_the_twin(bits, twice, dtype, monkeypatch):
+    rounding, seed = Rounding(bits, 64), torch.tensor(11)
+    x = operands(261, 35, 20, dtype)[0]
+
+    def run() -> list[Tensor]:
+        packed = rounding.pack(x, seed, twice=twice)
+        restored = [
+            rounding.restore(packed, x.shape, x, which) for which in ((0, 1) if twice else (-1,))
+        ]
+        return [*packed, *restored, *(() if twice else (rounding.times(x, packed),))]
+
+    assert rounding_gpu.agrees(rounding_gpu.Kernels(), DEVICE)  # the error itself, if there is one
+    assert rounding_gpu.kernels(x.device) is not None
+    fast = run()
+    monkeypatch.setattr(rounding_gpu, "kernels", lambda device: None)
+    *kept, last = zip(fast, run(), strict=True)
+    assert all(same(a, b) for a, b in kept)
+    torch.testing.assert_close(*last, rtol=torch.finfo(last[0].dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("estimator", [bs.Int8(), bs.Int8(save=True), bs.Float8()], ids=str)
