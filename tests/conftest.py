@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# PyTorch's compiler is not to try each vector instruction with a program of its own, for ten seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import torch
 
 import backsketch as bs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import backsketch as bs
 from backsketch import regions
 
 DRAWS = 120
+IMPORTED = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
 EIGHT_BIT = {"0": bs.Int8(), "2": bs.Float8()}
 
 
@@ -130,7 +132,11 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, object]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    # Both are forked from one process that has imported what they need, which takes longer than they do.
+    multiprocessing.set_forkserver_preload(["backsketch", *IMPORTED])
+    torch.multiprocessing.start_processes(
+        work, args=(str(folder),), nprocs=2, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

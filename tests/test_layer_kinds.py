@@ -103,7 +103,10 @@ PAIRS = [(case, e) for case in VARIANTS for e in (FEW if "experts" in case else 
 WITHOUT_8_BITS = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 
 
-@pytest.mark.fast_cases("rows:keep=0.5", "quantized:bits=2", "int8")
+@pytest.mark.fast_cases(
+    "rows:keep=0.5", "Conv1d-quantized:bits=2", "MultiheadAttention-quantized:bits=2",
+    "Conv3d-int8", "MultiheadAttention-int8", "ConvTranspose3d-int8",
+)  # fmt: skip
 @pytest.mark.parametrize(("case", "estimator"), PAIRS, ids=str)
 def test_gradients_are_unbiased(case, estimator):
     module, inputs = VARIANTS[case]()

@@ -64,7 +64,7 @@ RULES = {
 }
 
 
-@pytest.mark.fast_cases("elements-residual", "mask and rows-plain")
+@pytest.mark.fast_cases("mask and rows-residual")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("rules", RULES)
 def test_the_joint_column_adds_up_to_the_total(network, rules):
@@ -80,6 +80,7 @@ def test_the_joint_column_adds_up_to_the_total(network, rules):
     assert abs(ordinary - ledger.extra_variance) < 4 * error
 
 
+@pytest.mark.fast_cases("residual")
 @pytest.mark.parametrize("network", NETWORKS)
 def test_fresh_draws_in_place_of_shared_ones_break_it(network, monkeypatch):
     """The mutation: a pass no longer repeats the draws of the pass before it."""

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], bs.Region]
 }
 
 
-SLOW = {"vit", "transposed", "convolutions", "recomputed", "kept rows, recomputed"}
+SLOW = {"vit", "kernels", "transposed", "convolutions", "recomputed", "kept rows, recomputed"}
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,7 @@ def test_what_is_linear_is_allowed(case: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.fast_cases("0.5")
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_inside_a_compiled_model(keep: float) -> None:
     model, x = nn.Sequential(mlp(8, 16, 4)), torch.randn(64, 8)

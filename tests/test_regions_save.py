@@ -107,7 +107,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-SLOW = {"experts", "batch norm"}
+SLOW = {"tanh", "new gelu", "experts", "batch norm"}
 every_pattern = pytest.mark.parametrize(
     "name", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in PATTERNS]
 )

@@ -197,6 +197,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases")
     parser.add_argument("--processes", type=int, default=1, help="that share the cases, by job")
+    parser.add_argument("--until-fault", action="store_true", help="stop at the first one")
     parser.add_argument("--mutation", choices=MUTATIONS, help="a fault in the library, to be found")
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
@@ -207,7 +208,7 @@ def main() -> int:
     began = time.monotonic()
     numbers = range(arguments.cases) if arguments.only is None else arguments.only
     cases = [Case.draw(number, arguments.seed) for number in numbers]
-    records = _shared(cases, arguments.seed, arguments.processes)
+    records = _shared(cases, arguments.seed, arguments.processes, arguments.until_fault)
     clean = sum(not record["fault"] for record in records)
     seconds = time.monotonic() - began
     print(f"{clean} of {len(records)} cases clean, {seconds:.0f} s")
@@ -216,7 +217,9 @@ def main() -> int:
     return int(clean < len(cases))
 
 
-def _shared(cases: Sequence[Case], seed: int, count: int) -> list[dict[str, Any]]:
+def _shared(
+    cases: Sequence[Case], seed: int, count: int, until_fault: bool
+) -> list[dict[str, Any]]:
     """The records of cases, by number, from processes each of which takes all cases of some jobs."""
     jobs = [job for job, _ in Counter(case.job for case in cases).most_common()]
     shares = [[c for c in cases if jobs.index(c.job) % count == i] for i in range(count)]
@@ -225,9 +228,9 @@ def _shared(cases: Sequence[Case], seed: int, count: int) -> list[dict[str, Any]
         started: list[Process] = []
         try:
             if count == 1:
-                _run(shares[0], seed, Path(root), files[0])
+                _run(shares[0], seed, Path(root), files[0], until_fault)
             else:
-                started = [_fork(*share) for share in zip(shares, [seed] * count, files)]
+                started = [_fork(s, seed, file, until_fault) for s, file in zip(shares, files)]
             while any(process.poll(1.0) is None for process in started):
                 pass
         except KeyboardInterrupt:
@@ -239,12 +242,12 @@ def _shared(cases: Sequence[Case], seed: int, count: int) -> list[dict[str, Any]
     return sorted(map(json.loads, lines), key=lambda record: record["case"])
 
 
-def _fork(cases: Sequence[Case], seed: int, out: Path) -> Process:
+def _fork(cases: Sequence[Case], seed: int, out: Path, until_fault: bool) -> Process:
     (folder := out.with_suffix("")).mkdir()
-    return Process(partial(_run, cases, seed, folder, out), folder, {})
+    return Process(partial(_run, cases, seed, folder, out, until_fault), folder, {})
 
 
-def _run(cases: Sequence[Case], seed: int, folder: Path, out: Path) -> None:
+def _run(cases: Sequence[Case], seed: int, folder: Path, out: Path, until_fault: bool) -> None:
     """Run cases one after the other; each record is a line of a file."""
     campaign = Campaign(folder, seed)
     for case in cases:
@@ -252,6 +255,8 @@ def _run(cases: Sequence[Case], seed: int, folder: Path, out: Path) -> None:
         print("FAULT" if record["fault"] else "clean", json.dumps(record), flush=True)
         with open(out, "a") as file:
             file.write(json.dumps(record) + "\n")
+        if until_fault and record["fault"]:
+            return
 
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]], clean: int, seconds: float) -> None:
