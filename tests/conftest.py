@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,26 @@ if not CONSTANTS_OF_OBJECTS:  # PyTorch 2.10 and 2.11: see "Limits" in the READM
     torch._dynamo.config.specialize_float = True
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow-part", metavar="K/N", help="run part K of N of the slow cases")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _mark_slow_cases(config, items)
+    if part := config.getoption("--slow-part"):
+        number, count = map(int, part.split("/"))
+        left_out = [
+            item
+            for item in items
+            if item.get_closest_marker("slow")
+            and zlib.crc32(item.nodeid.encode()) % count != number - 1
+        ]
+        config.hook.pytest_deselected(items=left_out)
+        dropped = set(left_out)
+        items[:] = [item for item in items if item not in dropped]
+
+
+def _mark_slow_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as slow the cases of a test that its ``fast_cases`` does not name."""
     named: dict[str, set[str]] = {}
     for item in items:

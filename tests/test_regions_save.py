@@ -143,6 +143,7 @@ def test_half_a_dither_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         bs.testing.check_unbiased(model, x, draws=300)
 
 
+@pytest.mark.fast_cases("norm", "group norm")
 @pytest.mark.parametrize("name", ["norm", "group norm", "batch norm"])
 def test_one_rounding_in_the_place_of_two_is_caught(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -284,7 +285,8 @@ def test_two_roundings_with_the_same_random_numbers_are_refused() -> None:
         noises.check_independent(graph)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.fast_cases("torch.bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_types(dtype: torch.dtype) -> None:
     model, x = ViT(64, depth=1).to(dtype), torch.randn(8, 1, 8, 8, dtype=dtype)
     exact = named_gradients(model, model(x).square().sum())

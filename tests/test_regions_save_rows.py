@@ -18,7 +18,7 @@ from test_regions_save import PATTERNS, Functional
 
 HALF = bs.Region(keep=0.5, save="int4")
 CASES = ["product", "swiglu", "norm", "fused attention", "convolutions", "group norm"]
-SLOW = {"product", "norm", "convolutions"}
+SLOW = {"product", "norm", "fused attention", "convolutions"}
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES]
 )

@@ -79,7 +79,7 @@ CASES = {
     "mask above": (ViT, lambda: [images(shape=IMAGE)], {"": Mask(0.5), "blocks.0": Region(0.5)}),
 }
 
-SLOW = "branches", "vit", "dropout", "gpt block", "nested", "token dropout", "gpt"
+SLOW = "branches", "vit", "dropout", "gpt block", "nested", "token dropout", "gpt", "fourier"
 FAST = [c for c in CASES if c not in SLOW]
 
 
@@ -90,7 +90,7 @@ def with_mode(rules: dict[str, Region | Mask], mode: str) -> dict[str, Region | 
     }
 
 
-@pytest.mark.fast_cases("token branch", *[f"{case}-save" for case in FAST])
+@pytest.mark.fast_cases(*[f"{case}-save" for case in FAST])
 @pytest.mark.parametrize("mode", ["save", "recompute"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_region_is_active_and_unbiased(case: str, mode: str) -> None:

@@ -150,8 +150,9 @@ def test_a_mutation_breaks_the_estimator(estimator, monkeypatch):
         bs.testing.check_unbiased(layer, torch.randn(7, 5), draws=120)
 
 
-@pytest.mark.parametrize("kind", ADAPTED, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [bs.nn.LinearCrossEntropy], ids=lambda kind: kind.__name__)
 def test_a_layer_kind_is_unbiased_and_its_mutation_noticed(kind, monkeypatch):
+    """``test_layer_kinds.py`` does this for the other kinds in ``ADAPTED``."""
     build: Callable[[], nn.Module]
     build, inputs = ADAPTED[kind]
     for mutated in (False, True):

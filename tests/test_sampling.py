@@ -21,7 +21,7 @@ from backsketch.sampling import (
 )
 from backsketch.sampling.stream import mix
 
-DRAWS = 5_000
+DRAWS = 3_000
 
 
 @st.composite
