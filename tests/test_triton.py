@@ -22,6 +22,9 @@ from backsketch.products import eager, gpu
 from backsketch.products.numbers import NUMBERS
 from backsketch.rounding import eager as rounding
 from backsketch.rounding import gpu as rounding_gpu
+from backsketch.sampling import gpu as draws
+from backsketch.sampling import inclusion_probabilities
+from backsketch.sampling.design import systematic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter computes with NumPy, which warns where a NaN is made or cast, or an infinity made.
@@ -351,3 +354,77 @@ def test_the_kernels_in_the_interpreter():
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-2000:]
     assert " passed" in process.stdout
+
+
+# Draws ----------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 300), (3, 5000)], ids=str)
+def test_norms_of_rows_are_those_of_float64_at_any_magnitude(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, factors = torch.randn(shape, generator=generator), torch.rand(shape[1], generator=generator)
+    x = (x * 10 ** torch.linspace(-30, 30, shape[0])[:, None]).to(dtype)
+    for f in (None, factors):
+        expected = (x.double() if f is None else x.double() * f).norm(dim=1)
+        torch.testing.assert_close(draws.row_norms(x, f), expected, rtol=1e-5, atol=0)
+    x[0, 0] = torch.nan
+    assert bool(draws.row_norms(x)[0].isnan())
+    x[0, 0] = torch.inf
+    assert float(draws.row_norms(x, factors)[0]) == torch.inf
+
+
+SCORES = {
+    "of any size": lambda x: x,
+    "heavy": lambda x: x**8,
+    "equal": torch.ones_like,
+    "few of them positive": lambda x: torch.where(x > 1.5, x, 0.0),
+    "zero": torch.zeros_like,
+    "not finite": lambda x: torch.where(x > 2, torch.inf, x),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(
+    ("n", "k", "floor"), [(5000, 700, 0.0), (130, 40, 0.1), (1, 1, 0.0), (40, 40, 0.0)]
+)
+def test_drawn_rows_are_those_of_the_definition(kind, n, k, floor):
+    x = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)).abs()
+    scores = SCORES[kind](x)
+    pi = inclusion_probabilities(scores, k, floor)
+    for u in (0.0001713, 0.6180339, 0.9991347):  # on no edge of equal scores
+        indices, weights = draws.draw(scores, k, 1, 0, u, floor, None)
+        expected = systematic(pi, k, u)
+        assert torch.equal(indices, expected)
+        torch.testing.assert_close(weights, torch.where(pi > 0, 1 / pi, 0.0)[expected])
+
+
+@interpreted
+@pytest.mark.parametrize("block", [1, 4])
+def test_shuffled_draws_keep_the_probabilities_and_blocks_come_in_random_order(block):
+    n, k = 24, 9
+    scores = torch.arange(1.0, n + 1)
+    pi = inclusion_probabilities(scores, k)
+    count, together = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n)
+    for seed in range(150):
+        indices, weights = draws.draw(scores, k, seed, 0, (seed * 0.61803) % 1, 0.0, block)
+        assert bool((indices.diff() > 0).all())
+        torch.testing.assert_close(weights.double(), 1 / pi[indices], rtol=1e-6, atol=0)
+        count[indices] += 1
+        together[indices[:, None], indices] += 1
+    error = (pi * (1 - pi) / 150).sqrt()
+    assert bool(((count / 150 - pi).abs() < 5 * error + 1e-9).all())
+    # In the natural order the last two rows, whose probabilities add up to more than one, always have a neighbour.
+    assert int((together > 0).sum()) > 0.7 * n * n
+
+
+@interpreted
+def test_the_self_test_of_draws_notices_a_wrong_point(monkeypatch):
+    assert draws.agrees("cpu")
+    draw = draws.draw
+    monkeypatch.setattr(
+        draws, "draw", lambda s, k, seed, stream, u, *rest: draw(s, k, seed, stream, u / 2, *rest)
+    )
+    assert not draws.agrees("cpu")

@@ -24,6 +24,7 @@ from backsketch.sampling import (
     inclusion_probabilities,
     num_kept,
     num_live_kept,
+    row_norms,
 )
 from backsketch.theory import variance
 
@@ -106,6 +107,8 @@ class Rows(Estimator):
     def input_scores(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         """``(rows,)`` scores of the draw for ``grad_input``."""
         if self.scores == "optimal":
+            if (fast := _input_scores_in_one_pass(cotangent, weight)) is not None:
+                return fast
             return scale_free(
                 lambda g, w: (energy(g) @ norms(w).square()).sqrt(), cotangent, weight
             )
@@ -114,6 +117,9 @@ class Rows(Estimator):
     def weight_scores(self, cotangent: Tensor, x: Tensor) -> Tensor:
         """``(rows,)`` scores of the draw for ``grad_weight``."""
         if self.scores == "optimal":
+            of_g, of_x = (row_norms(t.flatten(1)) for t in (cotangent, x))
+            if of_g is not None and of_x is not None:
+                return of_g * of_x
             return scale_free(lambda g, x: norms(g) * norms(x), cotangent, x)
         return simple_scores(cotangent, 0, self.scores)
 
@@ -135,10 +141,23 @@ class Rows(Estimator):
         return sampled_variance(scores, self._num(scores), gram, self.design)
 
 
+def _input_scores_in_one_pass(cotangent: Tensor, weight: Tensor) -> Tensor | None:
+    """The optimal scores up to a common factor; None where there is no kernel for that."""
+    of_columns = row_norms(weight.flatten(1))
+    if of_columns is None:
+        return None
+    positions = cotangent[0, 0].numel()
+    if positions > 1:
+        of_columns = of_columns.repeat_interleave(positions)
+    return row_norms(cotangent.flatten(1), of_columns)
+
+
 def simple_scores(cotangent: Tensor, dim: int, kind: str) -> Tensor:
     """Norms of the slices of the cotangent, or ones; NaN or Inf where a slice is not finite."""
     if kind == "uniform":
         return norms(cotangent, dim, 1) * 0 + 1
+    if kind == "l2" and dim == 0 and (fast := row_norms(cotangent.flatten(1))) is not None:
+        return fast
     order = {"l1": 1, "l2": 2}[kind]
     return scale_free(lambda g: norms(g, dim, order), cotangent)
 

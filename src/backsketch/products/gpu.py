@@ -7,13 +7,13 @@ layout that products want: contractions along the rows of both operands, dimensi
 
 from __future__ import annotations
 
-import importlib.util
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backsketch.gpu import has_triton, on, signed
 from backsketch.products import eager
 from backsketch.products.numbers import (
     BLOCK,
@@ -24,7 +24,6 @@ from backsketch.products.numbers import (
     padded,
     up,
 )
-from backsketch.rounding.gpu import on, signed
 from backsketch.torch_private import float8_matmul, scaled_float8_matmul
 
 __all__ = ["Kernels", "agrees", "kernels", "why_not"]
@@ -242,7 +241,7 @@ def why_not(device: torch.device, numbers: str) -> str:
     """Why these kernels cannot be used on this device; empty if they can."""
     if device.type != "cuda" or torch.version.hip:
         return "8-bit products have kernels for the CPU and for NVIDIA GPUs only"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "the kernels for GPUs need Triton, which is not installed"
     try:
         works = agrees(Kernels(numbers), device)

@@ -135,9 +135,9 @@ class Integers(Numbers):
 
     def scale(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         bounded = largest.clamp(min=self._TINY)
-        # Not number / tensor, which PyTorch computes as a reciprocal and a product.
+        # Tensors on both sides: a number PyTorch would turn into its reciprocal, on some device or other.
         rate = torch.full_like(bounded, self._LEVELS) / bounded
-        return _of_groups(largest, bounded / 127.0, rate)
+        return _of_groups(largest, bounded / torch.full_like(bounded, 127.0), rate)
 
     def spacing(self, levels: Tensor) -> Tensor:
         return torch.ones_like(levels)

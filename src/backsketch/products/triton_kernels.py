@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from backsketch.rounding.triton_kernels import mix
+from backsketch.sampling.triton_kernels import mix
 
 __all__ = [
     "largest_of_columns",

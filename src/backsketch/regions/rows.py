@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backsketch import sampling
 from backsketch.sampling import is_readable
 
 
@@ -137,6 +138,8 @@ def row_norms(rows: Tensor) -> Tensor:
     Squares leave the range of float32 where entries are below 1e-22 or above 1e19: such norms, and those that
     cannot be looked at without waiting, are taken in float64.
     """
+    if (norms := sampling.row_norms(rows)) is not None:
+        return norms
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if dtype == torch.float64:
         return _norms_in_double(rows)

@@ -62,9 +62,9 @@ def scales(groups: Tensor, intervals: int) -> tuple[Tensor, Tensor]:
     """``(groups, 2)`` lowest entry and step, NaN where an entry is not finite; ``(groups, 1)`` 65536/step."""
     low, high = groups.aminmax(dim=1, keepdim=True)
     extent = high - low
-    pair = torch.cat([low, extent / intervals], 1)
+    # Tensors on both sides: a number PyTorch would turn into its reciprocal, on some device or other.
+    pair = torch.cat([low, extent / torch.full_like(extent, intervals)], 1)
     pair.masked_fill_(~extent.isfinite(), torch.nan)
-    # Not number / tensor, which PyTorch computes as a reciprocal and a product.
     rate = torch.full_like(extent, intervals * 65536) / extent
     rate.masked_fill_(~(extent.isfinite() & (extent > 1e-30)), 0.0)
     return pair, rate

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backsketch.gpu import has_triton, on, signed
 from backsketch.rounding import eager
 from backsketch.rounding.eager import BLOCK, Key
 
-__all__ = ["Kernels", "agrees", "kernels", "on", "signed"]
+__all__ = ["Kernels", "agrees", "kernels"]
 
 _EXACT = {"enable_fp_fusion": False}
 _ENTRIES = 2048  # of a program
@@ -148,20 +147,10 @@ def _is_power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def signed(word: int) -> int:
-    """The same 32 bits: Triton would take a larger number for one of 64."""
-    return word - (1 << 32) if word >> 31 else word
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 @lru_cache
 def kernels(device: torch.device) -> Kernels | None:
     """The kernels, compiled for this device; None where that is impossible or they compute wrongly."""
-    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+    if device.type != "cuda" or not has_triton():
         return None
     try:
         own = Kernels()

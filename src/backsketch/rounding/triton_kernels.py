@@ -9,16 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["layer_norm", "mask", "masked", "mix", "pack", "restore"]
+from backsketch.sampling.triton_kernels import mix
 
-
-@triton.jit
-def mix(counter, first_key, second_key):
-    """Counter to 32 random bits (uint32): ``eager.mix``."""
-    word = counter.to(tl.uint32) + first_key.to(tl.uint32)
-    word = (word ^ (word >> 16)) * 0x7FEB352D ^ second_key.to(tl.uint32)
-    word = (word ^ (word >> 15)) * 0x846CA68B
-    return word ^ (word >> 16)
+__all__ = ["layer_norm", "mask", "masked", "pack", "restore"]
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from backsketch.sampling.operators import draw_live as draw_live
 from backsketch.sampling.operators import key_of as key_of
 from backsketch.sampling.operators import next_seed as next_seed
 from backsketch.sampling.operators import operator as operator
+from backsketch.sampling.operators import row_norms as row_norms
 from backsketch.sampling.operators import signs as signs
 from backsketch.sampling.operators import uniform_like as uniform_like
 from backsketch.sampling.stream import Keys as Keys

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backsketch.sampling import native
+from backsketch.sampling import gpu, native
 from backsketch.sampling.design import (
     few,
     inclusion_probabilities,
@@ -25,6 +25,7 @@ __all__ = [
     "key_of",
     "next_seed",
     "operator",
+    "row_norms",
     "signs",
     "uniform_like",
 ]
@@ -106,6 +107,10 @@ def _drawn(
     if design == "independent":
         return _independent(scores, k, seed, stream, floor)
     u = unit(seed, stream)
+    if gpu.draws(scores):
+        size = {"shuffled": block, "permuted": 1}.get(design)
+        shuffles = size is not None and size < scores.shape[0]
+        return gpu.draw(scores, k, seed, stream, u, floor, size if shuffles else None)
     order = order_of(design, scores.shape[0], block, scores.device, seed, stream)
     if order is None:
         return _systematic(scores, k, u, floor)
@@ -146,6 +151,16 @@ def _draw_fake(
     return scores.new_empty(size, dtype=torch.int64), scores.new_empty(size)
 
 
+def _row_norms_impl(rows: Tensor, factors: Tensor | None) -> Tensor:
+    if factors is not None:
+        largest = factors.amax()
+        factors = (factors / torch.where(largest > 0, largest, 1.0)).to(torch.float32)
+    if gpu.works(rows):
+        return gpu.row_norms(rows, factors)
+    wide = rows.to(torch.float64)
+    return torch.linalg.vector_norm(wide if factors is None else wide * factors, dim=1)
+
+
 def _uniform_impl(like: Tensor, seed: Tensor, stream: int) -> Tensor:
     generator = generator_of(like.device, int(seed), stream)
     return torch.rand(like.shape, device=like.device, generator=generator)
@@ -169,6 +184,11 @@ _draw = operator(
     _draw_impl,
     _draw_fake,
 )
+_row_norms = operator(
+    "row_norms(Tensor rows, Tensor? factors) -> Tensor",
+    _row_norms_impl,
+    lambda rows, factors: rows.new_empty(rows.shape[0], dtype=torch.float64),
+)
 _uniform = operator(
     "uniform_like(Tensor like, Tensor seed, int stream) -> Tensor",
     _uniform_impl,
@@ -179,6 +199,19 @@ _signs = operator(
     _signs_impl,
     lambda like, rows, columns, seed, stream: like.new_empty(rows, columns),
 )
+
+
+def row_norms(rows: Tensor, factors: Tensor | None = None) -> Tensor | None:
+    """Euclidean norms ``(n,)`` in float64 of rows of any magnitude in one pass; None where nothing does it.
+
+    Args:
+        rows: ``(n, d)``; on a GPU there is a kernel for float32 and half precision.
+        factors: ``(d,)``, by which the columns are multiplied before; up to a common factor.
+    """
+    narrow = rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if rows.device.type != "cuda" or not narrow or not rows.numel():
+        return None
+    return _row_norms(rows, factors)
 
 
 def next_seed(*anchors: Tensor) -> Tensor:
