@@ -408,16 +408,16 @@ def test_shuffled_draws_keep_the_probabilities_and_blocks_come_in_random_order(b
     scores = torch.arange(1.0, n + 1)
     pi = inclusion_probabilities(scores, k)
     count, together = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n)
-    for seed in range(150):
+    for seed in range(40):
         indices, weights = draws.draw(scores, k, seed, 0, (seed * 0.61803) % 1, 0.0, block)
         assert bool((indices.diff() > 0).all())
         torch.testing.assert_close(weights.double(), 1 / pi[indices], rtol=1e-6, atol=0)
         count[indices] += 1
         together[indices[:, None], indices] += 1
-    error = (pi * (1 - pi) / 150).sqrt()
-    assert bool(((count / 150 - pi).abs() < 5 * error + 1e-9).all())
+    error = (pi * (1 - pi) / 40).sqrt()
+    assert bool(((count / 40 - pi).abs() < 5 * error + 1e-9).all())
     # In the natural order the last two rows, whose probabilities add up to more than one, always have a neighbour.
-    assert int((together > 0).sum()) > 0.7 * n * n
+    assert int((together > 0).sum()) > 0.6 * n * n
 
 
 @interpreted

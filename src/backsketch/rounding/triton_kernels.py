@@ -35,11 +35,11 @@ def _entries(
     WIDTH: tl.constexpr = SIZE // PARTS
     group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS))[:, None, None]
     place = tl.arange(0, PARTS)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-    at = tl.minimum(
-        group.to(tl.int64) * SIZE + place, n - 1
-    )  # the last group repeats its last entry
-    x = tl.load(x_at + at, group < groups, 0.0).to(tl.float32)
-    return group, place, _slope(x, SLOPE)
+    at = tl.program_id(0).to(tl.int64) * (GROUPS * SIZE) + tl.arange(0, GROUPS * SIZE)
+    x = tl.load(x_at + at, at < n, 0.0).to(tl.float32)
+    last = tl.load(x_at + n - 1).to(tl.float32)
+    x = tl.where(at < n, x, last)  # the last group repeats its last entry
+    return group, place, tl.reshape(_slope(x, SLOPE), [GROUPS, PARTS, WIDTH])
 
 
 @triton.jit
@@ -94,8 +94,9 @@ def pack(
     if not TWICE:
         bits = mix(group * (SIZE // 2) + place % (SIZE // 2), first_key, second_key)
         units += tl.where(place < SIZE // 2, bits & 0xFFFF, bits >> 16).to(tl.int32)
-        at = line + tl.arange(0, WIDTH)[None, :]
-        tl.store(at, _squeezed(units >> 16, finite, BITS, PARTS), (row < groups)[:, None])
+        codes = tl.reshape(_squeezed(units >> 16, finite, BITS, PARTS), [GROUPS * WIDTH])
+        at = tl.program_id(0).to(tl.int64) * (GROUPS * WIDTH) + tl.arange(0, GROUPS * WIDTH)
+        tl.store(codes_at + at, codes, at < groups.to(tl.int64) * WIDTH)
     else:
         whole = tl.minimum(units >> 16, (1 << BITS) - 1)
         at = line + tl.arange(0, WIDTH)[None, :]
