@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 
 # Threads that wait for work by spinning slow each other down where cores are shared: the tests run in two
 # processes. A training that has the machine to itself loses by it (docs/regions.md).
-test test-all faults check: export OMP_WAIT_POLICY ?= passive
+test test-part test-all faults check: export OMP_WAIT_POLICY ?= passive
 # Compiled modules and tests are kept: each process would compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all faults fuzz docs lint types check clean
+PART ?= 1/2
+.PHONY: demo test test-part test-all faults fuzz docs lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +24,9 @@ demo: $(STAMP)  ## train an MLP on digits, exact and sketched side by side
 
 test: $(STAMP)  ## all tests but the slow cases
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-part: $(STAMP)  ## with a part of the slow cases, such as PART=2/2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --slow-part $(PART)
 
 test-all: $(STAMP)  ## with the slow cases
 	$(BIN)/python -m pytest -n 2 --dist loadfile

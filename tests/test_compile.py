@@ -470,7 +470,7 @@ def test_autocast_gradients_are_unbiased_compiled(estimator):
 
 @pytest.mark.slow
 def test_autocast_gradients_are_unbiased_with_the_default_backend():
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     bs.sketch_(model, {"0": bs.StoredRows(keep=0.5), "3": bs.Rows(keep=0.5)})
     call = torch.compile(autocast(model), fullgraph=True)
     check_low_precision(model, call, images(), draws=300)

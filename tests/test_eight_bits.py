@@ -75,11 +75,11 @@ def test_layers_are_unbiased(name, sketch):
 @pytest.mark.parametrize(
     ("name", "sketch"), [*zip(LAYERS, itertools.cycle([bs.Int8(), bs.Float8()]))], ids=str
 )
-def test_layers_are_unbiased_over_2_000_draws(name, sketch):
+def test_layers_are_unbiased_over_1_000_draws(name, sketch):
     build, inputs = LAYERS[name]
     module = build()
     bs.sketch_(module, {"re:.*": sketch})
-    bs.testing.check_unbiased(module, inputs(), draws=2000)
+    bs.testing.check_unbiased(module, inputs(), draws=1000)
 
 
 def test_a_wrong_dither_is_noticed_in_heavy_tails(monkeypatch):
