@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py products
     python benchmarks/gpu.py layers
+    python benchmarks/gpu.py launches
     python benchmarks/gpu.py models --model vit
 
 Each writes ``results/gpu/NAME.json``, in which the device is named. Times are medians over interleaved rounds, by
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import backsketch as bs
@@ -38,9 +42,15 @@ LAYER_ARMS = (
     "int8:sketch=(rows:keep=0.5)", "float8:sketch=(rows:keep=0.5)",
 )  # fmt: skip
 MODEL_ARMS = (
-    "exact", "checkpointing", "int8", "int8:save=true", "float8", "quantized:bits=4", "rows:keep=0.5",
+    "exact", "exact, compiled", "checkpointing",
+    "int8", "int8:save=true", "float8", "quantized:bits=4", "rows:keep=0.5",
     "region:keep=0.5,mode=recompute", "region:keep=0.5,mode=save", "region:keep=0.25,mode=recompute",
     "region:keep=0.25,mode=save", "region:keep=0.5,save=int8,arithmetic=int8", "region:keep=1.0,save=int8",
+)  # fmt: skip
+
+LAUNCH_ARMS = (
+    "exact", "region:keep=0.5,mode=recompute", "region:keep=0.5,mode=save", "region:keep=1.0,save=int8",
+    "rows:keep=0.5", "quantized:bits=4",
 )  # fmt: skip
 
 # Time -----------------------------------------------------------------------------------------------
@@ -218,27 +228,80 @@ def _layer(
 # Models ---------------------------------------------------------------------------------------------
 
 
-def models(name: str, rounds: int, arms: list[str], compiled: list[str]) -> dict[str, Any]:
-    """Steps of a whole model in bfloat16; bytes that they save, and the peak of the device above what stays."""
-    steps: dict[str, Callable[[], None]] = {}
-    memory: dict[str, dict[str, float]] = {}
-    for arm in [*arms, *(f"{a}, compiled" for a in compiled)]:
+def models(
+    name: str, rounds: int, arms: list[str], write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Steps of a whole model in bfloat16, each arm in turns with exact; bytes that they save, and the peak.
+
+    The peak is that of the device above what stays. What there is so far goes to ``write`` after each arm.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    content = {"model": DESCRIPTIONS[name], "arms": rows}
+    exact = _model(name, "exact")
+    for arm in arms:
         try:
-            model, inputs, step = _model(name, arm)
+            model, inputs, step = exact if arm == "exact" else _model(name, arm)
             for _ in range(3):
                 step()
-            memory[arm] = {
-                "saved_mib": round(bs.saved_bytes(model, *inputs).total / 2**20, 1),
-                "peak_mib": round(_peak(step) / 2**20, 1),
-            }
-            steps[arm] = step
-            print(arm, memory[arm], _note(model), flush=True)
+            saved = bs.saved_bytes(model, *inputs).total
+            rows[arm] = {"saved_mib": _mebibytes(saved), "peak_mib": _mebibytes(_peak(step))}
+            times = summary(interleaved({"exact": exact[2], arm: step}, rounds))
+            rows[arm] |= {**times[arm], "note": _note(model)}
         except Exception as error:  # what does not run is a result
-            memory[arm] = {}
-            print(f"{arm}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    times = summary(interleaved(steps, rounds))
-    rows = {arm: {**times.get(arm, {}), **kept} for arm, kept in memory.items()}
-    return {"model": DESCRIPTIONS[name], "arms": rows}
+            rows[arm] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(arm, rows[arm], flush=True)
+        write(content)
+    return content
+
+
+def _mebibytes(size: int) -> float:
+    return round(size / 2**20, 1)
+
+
+def launches(write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Where a step waits: for the host, which launches kernels, or for the device, which runs them."""
+    rows: dict[str, dict[str, Any]] = {}
+    content = {"model": "two blocks of a ViT, d 768, 256 tokens, batch 64, bfloat16", "arms": rows}
+    for arm in LAUNCH_ARMS:
+        torch.manual_seed(0)
+        model = vit((3, 32, 32), 1000, patch=2, dim=768, depth=2, heads=12)
+        model.to(DEVICE, torch.bfloat16)
+        x = torch.randn(64, 3, 32, 32, device=DEVICE, dtype=torch.bfloat16)
+        if arm != "exact":
+            rules = {"blocks": bs.parse(arm)} if arm.startswith("region") else bs.parse(arm)
+            bs.sketch_(model, rules)
+        rows[arm] = _launches_of(model, x)
+        print(arm, rows[arm], flush=True)
+        write(content)
+    return content
+
+
+def _launches_of(model: nn.Module, x: Tensor, steps: int = 10) -> dict[str, Any]:
+    def step() -> None:
+        model.zero_grad()
+        y = model(x)
+        y.backward(torch.ones_like(y))
+
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    host = time.perf_counter() - began
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - began
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    kernels = [e for e in run.key_averages() if e.device_type == DeviceType.CUDA]
+    return {
+        "host_ms": round(1e3 * host / steps, 2),
+        "wall_ms": round(1e3 * wall / steps, 2),
+        "device_ms": round(sum(e.self_device_time_total for e in kernels) / 3e3, 2),
+        "kernels": round(sum(e.count for e in kernels) / 3),
+    }
 
 
 DESCRIPTIONS = {
@@ -267,7 +330,7 @@ def _model(name: str, arm: str) -> tuple[nn.Module, tuple[Tensor, ...], Callable
         bs.sketch_(model, {"blocks": bs.parse(text)})
     elif text != "exact":
         bs.sketch_(model, bs.parse(text))
-    call = torch.compile(model) if arm != text else model
+    call = torch.compile(model) if arm != text else model  # "exact, compiled"
 
     def step() -> None:
         model.zero_grad()
@@ -300,30 +363,35 @@ def _note(model: nn.Module) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["products", "layers", "models"])
+    parser.add_argument("what", choices=["products", "layers", "launches", "models"])
     parser.add_argument("--model", choices=list(DESCRIPTIONS), default="vit")
     parser.add_argument("--arms", nargs="*", default=list(MODEL_ARMS))
-    parser.add_argument("--compiled", nargs="*", default=[])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
-    if options.what == "models":
-        name = options.model
-        content = models(name, options.rounds, options.arms, options.compiled)
-    else:
-        name = options.what
-        content = {"products": products, "layers": layers}[name](options.rounds)
-    content = {
-        "command": f"python benchmarks/gpu.py {options.what}"
-        + (f" --model {name}" if options.what == "models" else ""),
+    name = options.model if options.what == "models" else options.what
+    command = f"python benchmarks/gpu.py {options.what}"
+    head = {
+        "command": command + (f" --model {name}" if options.what == "models" else ""),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        **content,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(json.dumps(content, indent=1))
+
+    def write(content: dict[str, Any]) -> None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**head, **content}, indent=1)
+        (options.out / f"{name}.json").write_text(text + "\n")
+
+    run: dict[str, Callable[[], dict[str, Any]]] = {
+        "products": lambda: products(options.rounds),
+        "layers": lambda: layers(options.rounds),
+        "launches": lambda: launches(write),
+        "models": lambda: models(name, options.rounds, options.arms, write),
+    }
+    content = run[options.what]()
+    write(content)
+    print(json.dumps({**head, **content}, indent=1))
 
 
 if __name__ == "__main__":

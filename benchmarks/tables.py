@@ -71,6 +71,50 @@ def layer_time() -> str:
     return _markdown(["sketch", *shapes, "floor"], rows)
 
 
+def gpu_layers() -> str:
+    layers = [row for row in _load("gpu/layers")["layers"] if "compiled" not in row["dtype"]]
+    names = [" → ".join(f"{n:,}" for n in row["rows, in, out"][1:]) for row in layers]
+    header = ["step over exact", *(f"{n}, {row['dtype']}" for n, row in zip(names, layers))]
+    rows = [["exact, ms", *(f"{row['arms']['exact']['ms']:.2f}" for row in layers)]]
+    for arm in layers[0]["arms"]:
+        if arm != "exact":
+            rows.append([f"`{arm}`", *(f"{r['arms'][arm]['over_exact']:.2f}" for r in layers)])
+    return _markdown(header, rows)
+
+
+def gpu_products() -> str:
+    shapes = _load("gpu/products")["products"]
+    header = ["TFLOP/s", *(" × ".join(f"{n:,}" for n in row["rows, in, out"]) for row in shapes)]
+    kinds = shapes[0]["teraflops"]
+    rows = [[kind, *(f"{row['teraflops'][kind]:.0f}" for row in shapes)] for kind in kinds]
+    return _markdown(header, rows)
+
+
+def gpu_memory() -> str:
+    models = [_load(f"gpu/{name}")["arms"] for name in ("vit", "gpt")]
+    rows = []
+    for arm in models[0]:
+        cells = [m.get(arm, {}).get(kind) for m in models for kind in ("saved_mib", "peak_mib")]
+        rows.append([f"`{arm}`", *("" if c is None else f"{c:,.0f}" for c in cells)])
+    header = ["MiB", "ViT-B: saved", "peak of a step", "GPT: saved", "peak of a step"]
+    return _markdown(header, rows)
+
+
+def gpu_launches() -> str:
+    arms = _load("gpu/launches")["arms"]
+    rows = [
+        [
+            f"`{a}`",
+            f"{r['device_ms']:.2f}",
+            f"{r['host_ms']:.2f}",
+            f"{r['wall_ms']:.2f}",
+            str(r["kernels"]),
+        ]
+        for a, r in arms.items()
+    ]
+    return _markdown(["", "kernels run, ms", "host, ms", "step, ms", "kernels"], rows)
+
+
 def memory() -> str:
     rows = []
     for name, model in _load("memory")["models"].items():
@@ -449,6 +493,10 @@ TABLES = {
     "real_variance": real_variance,
     "designs": designs,
     "layer_time": layer_time,
+    "gpu_layers": gpu_layers,
+    "gpu_products": gpu_products,
+    "gpu_memory": gpu_memory,
+    "gpu_launches": gpu_launches,
     "head": head,
     "gpt": gpt,
     "attention": attention,

@@ -199,7 +199,7 @@ def test_the_report_says_that_the_device_has_no_such_products():
 def test_on_a_gpu_that_has_them_the_report_says_that_nothing_was_measured(monkeypatch):
     monkeypatch.setattr(products, "has_float8_product", lambda device: True)
     monkeypatch.setattr(gpu, "why_not", lambda *_: "")
-    assert products.why_slow("cuda", "float8") == "8-bit floats have not been measured on a GPU yet"
+    assert "lose against bfloat16" in products.why_slow("cuda", "float8")
 
 
 def test_a_sketch_inside_stays_unbiased():

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch import sampling
 from backsketch.nn.swap import unswap_
-from backsketch.regions import Mask, Region, ignore_scores, record_scores, rows, state_of
+from backsketch.regions import (
+    Mask,
+    Region,
+    compilers,
+    ignore_scores,
+    program,
+    record_scores,
+    rows,
+    state_of,
+)
 from backsketch.regions.context import Call, current, inside, run_as
+from backsketch.regions.rows import Layout
 from backsketch.regions.state import runtime_of
 from helpers import named_gradients
 from region_models import Attention, Block, Feedforward, ViT, make_region, mlp
@@ -761,3 +771,32 @@ def test_scores_are_recorded_on_request() -> None:
     ignore_scores(model)
     model(x).backward(torch.ones(6, 4))
     assert len(recorded) == 2
+
+
+def test_a_captured_batch_norm_is_computed_by_what_eager_code_calls(monkeypatch):
+    """On a GPU that is a kernel of cuDNN, where the captured operator is another one."""
+    called = []
+    eager = compilers.batch_norm_with_statistics
+
+    def watched(*arguments):
+        called.append(arguments)
+        return eager(*arguments)
+
+    monkeypatch.setattr(compilers, "batch_norm_with_statistics", watched)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
+    twin, x = copy.deepcopy(model), torch.randn(8, 6)
+    bs.sketch_(model, bs.Region(keep=1.0, save="int8"))
+    for _ in range(3):
+        y = model(x)
+        y.sum().backward()
+        assert torch.equal(y, twin(x))
+    assert called
+    assert torch.equal(model[1].running_var, twin[1].running_var)
+
+
+def test_rows_of_a_region_in_16_bits_keep_the_precision_of_their_weights():
+    kept = torch.ones(3, 4, dtype=torch.bfloat16) * 1.0078125
+    weights = torch.tensor([1.0, 1.4160156, 3.0039062])  # between two numbers of bfloat16
+    expected = (kept.float() * weights[:, None]).bfloat16()
+    assert torch.equal(program._weigh(kept.clone(), Layout(0), weights), expected)
+    assert not torch.equal(kept * weights.bfloat16()[:, None], expected)

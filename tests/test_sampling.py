@@ -289,3 +289,15 @@ def test_the_global_random_stream_is_not_touched():
     sampling.uniform_like(scores, seed)
     sampling.signs(scores, 3, 4, seed)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_draw_inside_a_cuda_graph_is_refused(monkeypatch):
+    """The graph would hold one seed and repeat its draw for ever."""
+    layer, x = torch.nn.Linear(4, 3), torch.randn(8, 4)
+    bs.sketch_(layer, bs.Rows(keep=0.5))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA graph, which would repeat one draw"):
+        layer(x).sum().backward()
+    with bs.exact(layer):
+        layer(x).sum().backward()

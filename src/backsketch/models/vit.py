@@ -7,7 +7,6 @@ its own norm (`blocks.i.attn`, `blocks.i.mlp`), so that a sketch or a region can
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backsketch.nn import DotProductAttention
@@ -100,7 +99,10 @@ class ViT(nn.Module):
 
     def patches(self, x: Tensor) -> Tensor:
         """Cut into patches: `(batch, c, h, w)` to `(batch, tokens, c * patch * patch)`."""
-        return F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+        batch, channels, height, width = x.shape
+        p = self.patch
+        cut = x.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return cut.reshape(batch, -1, channels * p * p)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(self.patches(x)) + self.position

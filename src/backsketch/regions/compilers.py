@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from backsketch.regions import rows as row_ops
 from backsketch.regions.rows import Layout
 from backsketch.torch_private import (
+    batch_norm_with_statistics,
     boxed,
     compile_inner,
     decompositions,
@@ -49,7 +50,7 @@ class Compiler:
         return None
 
     def forward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return boxed(graph.forward)
+        return boxed(_with_eager_norms(copied(graph)).forward)
 
     def backward(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Runner:
         """The graph on all rows: a function of the list of arguments."""
@@ -115,6 +116,29 @@ def _as_eager(module: fx.GraphModule) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _with_eager_norms(module: fx.GraphModule) -> fx.GraphModule:
+    """A forward graph whose batch norms are those of eager code, bit for bit.
+
+    On a GPU that is the kernel of cuDNN, for which a captured graph has PyTorch's own.
+    """
+    target = aten._native_batch_norm_legit_functional.default
+    for node in module.graph.find_nodes(op="call_function", target=target):
+        node.target = _batch_norm
+    module.recompile()
+    return module
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, training: bool, *rest: float
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Output, statistics of the batch, and running statistics, which are not changed in place."""
+    if not training:
+        target = aten._native_batch_norm_legit_functional
+        return tuple(target(x, weight, bias, mean, var, training, *rest))
+    state = mean.clone(), var.clone()
+    return *batch_norm_with_statistics(x, weight, bias, state, *rest), *state
 
 
 def _group_norm_backward(g: Tensor, x: Tensor, *args: Any) -> Any:

@@ -268,12 +268,16 @@ def _rows_of(symbols: RowSymbols, cotangent: Tensor) -> Layout | None:
 
 
 def _weigh(kept: Tensor, at: Layout, weights: Tensor) -> Tensor:
-    """Multiply each kept row by ``1 / pi``."""
+    """Multiply each kept row by ``1 / pi``.
+
+    In 16 bits the rounding of a weight would be an error common to all draws.
+    """
+    weights = weights.to(torch.promote_types(kept.dtype, torch.float32))
     if kept.dim() == 2 and at.axes == 1 and kept.shape[0] == weights.shape[0]:
-        return kept.mul_(weights.to(kept.dtype).unsqueeze(1))
+        return kept.mul_(weights.unsqueeze(1))
     c = math.prod(kept.shape[: at.axes]) // weights.shape[0]
     w = weights if c == 1 else weights.repeat_interleave(c)
-    return kept.mul_(w.to(kept.dtype).view(*kept.shape[: at.axes], *[1] * (kept.dim() - at.axes)))
+    return kept.mul_(w.view(*kept.shape[: at.axes], *[1] * (kept.dim() - at.axes)))
 
 
 def _is_plain(symbols: RowSymbols, saved: fx.Node, at: Layout | None) -> bool:

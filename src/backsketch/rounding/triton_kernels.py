@@ -96,7 +96,7 @@ def pack(
         units += tl.where(place < SIZE // 2, bits & 0xFFFF, bits >> 16).to(tl.int32)
         codes = tl.reshape(_squeezed(units >> 16, finite, BITS, PARTS), [GROUPS * WIDTH])
         at = tl.program_id(0).to(tl.int64) * (GROUPS * WIDTH) + tl.arange(0, GROUPS * WIDTH)
-        tl.store(codes_at + at, codes, at < groups.to(tl.int64) * WIDTH)
+        tl.store(codes_at + at, codes, at // WIDTH < groups)
     else:
         whole = tl.minimum(units >> 16, (1 << BITS) - 1)
         at = line + tl.arange(0, WIDTH)[None, :]

@@ -63,13 +63,14 @@ def draw(
     blocks = n // size
     bits = max(blocks - 1, 1).bit_length()
     word = mix(seed, stream, 1)
+    chunk = min(_CHUNK, 1 << max(n - 1, 15).bit_length())
     chosen = scores.new_empty(n, dtype=torch.float64)
     indices, weights = scores.new_empty(k, dtype=torch.int64), scores.new_empty(k)
     with on(scores.device):
         kernels.draw[(1,)](
             scores, chosen, indices, weights, n, k, int(u * 2**32), float(floor), blocks, size,
             bits // 2, bits - bits // 2, signed(word & 0xFFFFFFFF), signed(word >> 32 & 0xFFFFFFFF),
-            SHUFFLED=block is not None, CHUNK=min(_CHUNK, 1 << max(n - 1, 15).bit_length()), num_warps=8, **_EXACT,
+            SHUFFLED=block is not None, CHUNK=chunk, num_warps=16, **_EXACT,
         )  # fmt: skip
     return indices, weights
 

@@ -152,6 +152,16 @@ def keyed() -> Iterator[Keys]:
 
 
 def fresh() -> int:
+    """The next seed.
+
+    Raises:
+        RuntimeError: a CUDA graph is being recorded. It would hold this one seed and repeat its draw for ever.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a sketched layer cannot be recorded in a CUDA graph, which would repeat one draw for ever: record "
+            "the step inside `with backsketch.exact(model):`, or do without the graph"
+        )
     if _STREAM.keys is not None:
         return _STREAM.keys.next()
     return mix(_STREAM.seed, _rank(), _STREAM.advance())
