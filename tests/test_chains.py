@@ -72,7 +72,9 @@ def test_piecewise_linear_functions_are_exact_in_one_bit(name, sketch):
 @pytest.mark.parametrize("name", ROUNDED)
 def test_the_gradient_is_unbiased(name):
     _, other, x = sketched(name)
-    bs.testing.check_unbiased(other, x, draws=500)  # of 250, one in 1,000 misses what 3 % of draws do
+    bs.testing.check_unbiased(
+        other, x, draws=500
+    )  # of 250, one in 1,000 misses what 3 % of draws do
 
 
 @pytest.mark.fast_cases("gelu")
