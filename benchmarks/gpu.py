@@ -31,7 +31,7 @@ import backsketch as bs
 from backsketch.models import gpt, vit
 from backsketch.products import gpu
 from backsketch.regions import RegionModule, state_of
-from backsketch.torch_private import float8_matmul, int8_matmul, scaled_float8_matmul
+from backsketch.torch_private import float8_matmul, scaled_float8_matmul
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "gpu"
 DEVICE = torch.device("cuda")
@@ -115,7 +115,7 @@ def _products_of(n: int, j: int, o: int, rounds: int) -> dict[str, Any]:
         "bfloat16": lambda: half @ narrow,
         "float32": lambda: g @ w,
         "tf32": lambda: _with_tf32(g, w),
-        "integers, library": lambda: int8_matmul(a.view(torch.int8), b.view(torch.int8).T),
+        "integers, library": lambda: torch._int_mm(a.view(torch.int8), b.view(torch.int8).T),
         "integers, scaled (grad_input)": lambda: int8._product(a, b, row, column, like),
         "integers, scaled by blocks (grad_weight)": lambda: int8._sum(c, d, None, of_blocks, like),
         "8-bit floats": lambda: float8_matmul(x, y.T),

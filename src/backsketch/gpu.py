@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -9,13 +10,26 @@ from typing import Any
 
 import torch
 
-__all__ = ["has_triton", "on", "signed"]
+__all__ = ["on", "signed", "why_not"]
 
 
 @lru_cache
-def has_triton() -> bool:
-    """Whether Triton is there, for NVIDIA GPUs."""
-    return torch.version.hip is None and find_spec("triton") is not None
+def why_not(device: torch.device, agrees: Callable[[torch.device], bool]) -> str:
+    """Why some kernels cannot be used on this device; empty if they can.
+
+    Args:
+        device: any.
+        agrees: the self-test of the kernels, which is run once: whether they compute what their twin does.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return "there are kernels for the CPU and for NVIDIA GPUs only"
+    if find_spec("triton") is None:
+        return "the kernels for GPUs need Triton, which is not installed"
+    try:
+        works = agrees(device)
+    except Exception as error:
+        return f"the kernels for GPUs do not compile or run here ({type(error).__name__})"
+    return "" if works else "the kernels for GPUs failed their self-test"
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -24,5 +38,5 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def signed(word: int) -> int:
-    """The same 32 bits as a number below 2^31: Triton would take a larger one for one of 64 bits."""
+    """The same 32 bits as a number below 2^31: int32 tensors hold no larger one, Triton takes it for 64 bits."""
     return word - (1 << 32) if word >> 31 else word

@@ -43,7 +43,6 @@ __all__ = [
     "forward_facts",
     "grouped_matmul",
     "hooks_are_guarded",
-    "int8_matmul",
     "is_functorch_wrapped",
     "layout_of",
     "load_compiler",
@@ -83,15 +82,6 @@ def transforms_are_active() -> bool:
     """
     test = getattr(torch._C, "_are_functorch_transforms_active", None)
     return True if test is None else bool(test())
-
-
-def int8_matmul(a: Tensor, b: Tensor) -> Tensor | None:
-    """The int32 product of two matrices of int8; None where PyTorch has none.
-
-    There is no public product of integers on a GPU. Without the private one, codes are multiplied as floats.
-    """
-    product = getattr(torch, "_int_mm", None)
-    return None if product is None else product(a, b)
 
 
 def float8_matmul(a: Tensor, b: Tensor) -> Tensor | None:

@@ -7,13 +7,15 @@ layout that products want: contractions along the rows of both operands, dimensi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backsketch.gpu import has_triton, on, signed
+from backsketch import gpu as launches
+from backsketch.gpu import on, signed
 from backsketch.products import eager
 from backsketch.products.numbers import (
     BLOCK,
@@ -32,6 +34,7 @@ _EXACT = {"enable_fp_fusion": False}  # x * rate + half is two roundings, as in 
 _OF_ROWS = {"ROWS": 32, "COLUMNS": 128}
 _OF_COLUMNS = {"ROWS": BLOCK, "COLUMNS": 32}
 _OF_ENTRIES = {"ROWS": 32, "COLUMNS": 128}
+_TILES = {"DEPTH": 128, "GROUP": 8, "num_stages": 2}
 _LARGE = 160 * 1024  # bytes of shared memory of a program, which the larger tiles need
 
 
@@ -211,23 +214,9 @@ def _tiles(device: torch.device) -> dict[str, int]:
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     memory = getattr(properties, "shared_memory_per_block_optin", 0)
     if memory < _LARGE:
-        return {
-            "ROWS": 64,
-            "COLUMNS": 64,
-            "DEPTH": 128,
-            "GROUP": 8,
-            "num_warps": 4,
-            "num_stages": 2,
-        }
+        return {**_TILES, "ROWS": 64, "COLUMNS": 64, "num_warps": 4}
     stages = 3 if memory > 3 * 2 * 128 * BLOCK else 2
-    return {
-        "ROWS": 128,
-        "COLUMNS": 128,
-        "DEPTH": 128,
-        "GROUP": 8,
-        "num_warps": 8,
-        "num_stages": stages,
-    }
+    return {**_TILES, "ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": stages}
 
 
 @lru_cache
@@ -236,18 +225,9 @@ def kernels(device: torch.device, numbers: str) -> Kernels | None:
     return None if why_not(device, numbers) else Kernels(numbers)
 
 
-@lru_cache
 def why_not(device: torch.device, numbers: str) -> str:
     """Why these kernels cannot be used on this device; empty if they can."""
-    if device.type != "cuda" or torch.version.hip:
-        return "8-bit products have kernels for the CPU and for NVIDIA GPUs only"
-    if not has_triton():
-        return "the kernels for GPUs need Triton, which is not installed"
-    try:
-        works = agrees(Kernels(numbers), device)
-    except Exception as error:
-        return f"the kernels for GPUs do not compile or run here ({type(error).__name__})"
-    return "" if works else "the kernels for GPUs failed their self-test"
+    return launches.why_not(device, _SELF_TESTS[numbers])
 
 
 def agrees(own: Kernels, device: torch.device | str) -> bool:
@@ -268,3 +248,10 @@ def agrees(own: Kernels, device: torch.device | str) -> bool:
         for a, b in pairs
         if a is not None and b is not None
     )
+
+
+def _self_test(numbers: str) -> Callable[[torch.device], bool]:
+    return lambda device: agrees(Kernels(numbers), device)
+
+
+_SELF_TESTS = {numbers: _self_test(numbers) for numbers in NUMBERS}

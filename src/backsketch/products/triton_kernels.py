@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from backsketch.sampling.triton_kernels import mix
+from backsketch.sampling.triton_kernels import largest_of_rows, magnitude_bits, mix
 
 __all__ = [
     "largest_of_columns",
@@ -63,12 +63,6 @@ def _code(x, rate, row, column, inside, words, first_key, second_key, FLOATS: tl
 
 
 @triton.jit
-def _bits(x):
-    """Magnitudes as integers in the same order, where a NaN is the largest."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
 def _scale(bits, FLOATS: tl.constexpr):
     """Scale and rate of groups with these largest magnitudes: ``scale`` of ``numbers.py``."""
     largest = bits.to(tl.float32, bitcast=True)
@@ -105,12 +99,7 @@ def round_rows(
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     start_of_row = x_at + row.to(tl.int64) * k
-    bits = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for start in range(0, k, COLUMNS):
-        column = (start + tl.arange(0, COLUMNS))[None, :]
-        x = tl.load(start_of_row + column, (row < n) & (column < k), 0.0).to(tl.float32)
-        bits = tl.maximum(bits, _bits(x))
-    scale, rate = _scale(tl.max(bits, 1, keep_dims=True), FLOATS)
+    scale, rate = _scale(largest_of_rows(x_at, row, n, k, ROWS, COLUMNS), FLOATS)
     tl.store(scale_at + row, scale, row < n)
     for start in range(0, wide, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
@@ -141,9 +130,9 @@ def round_blocks(
     x = tl.load(x_at + row.to(tl.int64) * k + column, inside, 0.0).to(tl.float32)
     if HAS_ROWS:
         of_rows = tl.load(rows_at + row, row < n, 0.0)
-        largest = tl.max(_bits(of_rows), 0, keep_dims=True).to(tl.float32, bitcast=True)
+        largest = tl.max(magnitude_bits(of_rows), 0, keep_dims=True).to(tl.float32, bitcast=True)
         x *= _relative(of_rows, largest)
-    scale, rate = _scale(tl.max(_bits(x), 0, keep_dims=True), False)
+    scale, rate = _scale(tl.max(magnitude_bits(x), 0, keep_dims=True), False)
     code = _code(x, rate, row, column, inside, words, first_key, second_key, False)
     tl.store(turned_at + column.to(tl.int64) * deep + row, code, (row < deep) & (column < wide))
     if HAS_ROWS:
@@ -163,7 +152,7 @@ def largest_of_columns(
     x = tl.load(x_at + row.to(tl.int64) * k + column, (row < n) & (column < k), 0.0).to(tl.float32)
     if HAS_ROWS:
         x *= _relative(tl.load(rows_at + row, row < n, 0.0), tl.load(largest_at))
-    tl.store(out_at + block * k + column, tl.max(_bits(x), 0, keep_dims=True), column < k)
+    tl.store(out_at + block * k + column, tl.max(magnitude_bits(x), 0, keep_dims=True), column < k)
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])

@@ -110,22 +110,15 @@ def _as_eager(module: fx.GraphModule) -> fx.GraphModule:
         inner = node.args[0]
         if isinstance(inner, fx.Node) and inner.target is aten.t.default:
             node.replace_all_uses_with(inner.args[0])
-    backward = aten.native_group_norm_backward.default
-    for node in module.graph.find_nodes(op="call_function", target=backward):
-        node.target = _group_norm_backward
     module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+    return _with_eager_norms(module)
 
 
 def _with_eager_norms(module: fx.GraphModule) -> fx.GraphModule:
-    """A forward graph whose batch norms are those of eager code, bit for bit.
-
-    On a GPU that is the kernel of cuDNN, for which a captured graph has PyTorch's own.
-    """
-    target = aten._native_batch_norm_legit_functional.default
-    for node in module.graph.find_nodes(op="call_function", target=target):
-        node.target = _batch_norm
+    """A graph whose norms are computed as eager code does it."""
+    for target, function in _EAGER_NORMS.items():
+        for node in module.graph.find_nodes(op="call_function", target=target):
+            node.target = function
     module.recompile()
     return module
 
@@ -133,7 +126,10 @@ def _with_eager_norms(module: fx.GraphModule) -> fx.GraphModule:
 def _batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, training: bool, *rest: float
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Output, statistics of the batch, and running statistics, which are not changed in place."""
+    """Output, statistics of the batch, and running statistics, which are not changed in place.
+
+    Bit for bit those of eager code: on a GPU a kernel of cuDNN, for which a captured graph has PyTorch's own.
+    """
     if not training:
         target = aten._native_batch_norm_legit_functional
         return tuple(target(x, weight, bias, mean, var, training, *rest))
@@ -147,6 +143,12 @@ def _group_norm_backward(g: Tensor, x: Tensor, *args: Any) -> Any:
     Autograd makes them equal. In a captured graph ``g`` may come from another operator than it was traced with.
     """
     return aten.native_group_norm_backward(g.contiguous(memory_format=layout_of(x)), x, *args)
+
+
+_EAGER_NORMS = {
+    aten._native_batch_norm_legit_functional.default: _batch_norm,
+    aten.native_group_norm_backward.default: _group_norm_backward,
+}
 
 
 class Inductor(Compiler):

@@ -136,18 +136,18 @@ def units(x: Tensor, rounding: Rounding, twice: bool = False) -> tuple[Tensor, T
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _kernels(*tensors: Tensor) -> Any:
+def _kernels(*tensors: Tensor, group_size: int = 64) -> Any:
     """What computes in one pass over these tensors, if anything does."""
     device, dtypes = tensors[0].device, {t.dtype for t in tensors} - {torch.uint8}
     if device.type == "cuda" and dtypes <= {torch.float32, *_HALF}:
-        return gpu.kernels(device)
+        return gpu.kernels(device) if gpu.fits(group_size) else None
     return native.library() if device.type == "cpu" and dtypes <= {torch.float32} else None
 
 
-def _to_pack(x: Tensor) -> Tensor:
+def _to_pack(x: Tensor, group_size: int) -> Tensor:
     """``(n,)``, in a dtype that is packed: on a GPU half precision as it is."""
     flat = _flat(x)
-    if x.dtype in _HALF and _kernels(flat) is not None:
+    if x.dtype in _HALF and _kernels(flat, group_size=group_size) is not None:
         return flat
     return flat.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -159,8 +159,8 @@ def _flat(x: Tensor) -> Tensor:
 def _pack_impl(
     x: Tensor, seed: Tensor, stream: int, bits: int, group_size: int, twice: bool
 ) -> tuple[Tensor, Tensor]:
-    flat = _to_pack(x)
-    run = _kernels(flat) or eager
+    flat = _to_pack(x, group_size)
+    run = _kernels(flat, group_size=group_size) or eager
     return run.pack(flat, key_of(seed, stream), bits, group_size, twice)
 
 
@@ -175,8 +175,8 @@ def _pack_fake(
 def _pack_slope_impl(
     x: Tensor, y: Tensor, function: str, seed: Tensor, stream: int, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    x, y = _to_pack(x), _to_pack(y)
-    run = _kernels(x, y) or eager
+    x, y = (_to_pack(t, group_size) for t in (x, y))
+    run = _kernels(x, y, group_size=group_size) or eager
     return run.pack_slope(x, y, function, key_of(seed, stream), bits, group_size)
 
 
@@ -187,7 +187,8 @@ def _layer_norm_impl(
     tensors = [
         None if t is None else t.contiguous() for t in (g, weight, mean, rstd, codes, scales)
     ]
-    run = _kernels(*(t for t in tensors if t is not None)) or eager
+    there = [t for t in tensors if t is not None]
+    run = _kernels(*there, group_size=group_size) or eager
     return run.layer_norm(*tensors, bits, group_size)
 
 
@@ -195,7 +196,7 @@ def _row_sums_impl(
     g: Tensor, stats: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
 ) -> Tensor:
     tensors = [t.contiguous() for t in (g, stats, codes, scales)]
-    return (_kernels(*tensors) or eager).row_sums(*tensors, bits, group_size)
+    return (_kernels(*tensors, group_size=group_size) or eager).row_sums(*tensors, bits, group_size)
 
 
 def _row_affine_impl(
@@ -208,14 +209,16 @@ def _row_affine_impl(
     group_size: int,
 ) -> Tensor:
     tensors = [t.contiguous() for t in (g, stats, factors, codes, scales)]
-    return (_kernels(*tensors) or eager).row_affine(*tensors, bits, group_size)
+    return (_kernels(*tensors, group_size=group_size) or eager).row_affine(
+        *tensors, bits, group_size
+    )
 
 
 def _restore_impl(
     codes: Tensor, scales: Tensor, anchor: Tensor, n: int, bits: int, group_size: int, which: int
 ) -> Tensor:
     codes, scales = codes.contiguous(), scales.contiguous()
-    run = _kernels(codes, scales) or eager
+    run = _kernels(codes, scales, group_size=group_size) or eager
     return run.restore(codes, scales, n, bits, group_size, which)
 
 
@@ -223,7 +226,7 @@ def _times_impl(
     cotangent: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
 ) -> Tensor:
     codes, scales = codes.contiguous(), scales.contiguous()
-    run = _kernels(cotangent, codes, scales) or eager
+    run = _kernels(cotangent, codes, scales, group_size=group_size) or eager
     return run.times(_flat(cotangent), codes, scales, bits, group_size).view(cotangent.shape)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backsketch.gpu import signed
+
 __all__ = [
     "grouped",
     "layer_norm",
@@ -28,15 +30,11 @@ BLOCK = 512  # entries of a mask that are packed together
 
 def mix(counter: Tensor, key: Key) -> Tensor:
     """Counter to 32 random bits (int32): the lowbias32 mixer (Wellons 2018) with two keys, in place."""
-    first, second = (_signed(word) for word in key)
+    first, second = (signed(word) for word in key)
     x = counter.add_(first)
-    x.bitwise_xor_(_shifted(x, 16)).mul_(_signed(0x7FEB352D)).bitwise_xor_(second)
-    x.bitwise_xor_(_shifted(x, 15)).mul_(_signed(0x846CA68B))
+    x.bitwise_xor_(_shifted(x, 16)).mul_(signed(0x7FEB352D)).bitwise_xor_(second)
+    x.bitwise_xor_(_shifted(x, 15)).mul_(signed(0x846CA68B))
     return x.bitwise_xor_(_shifted(x, 16))
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
 
 
 def _shifted(x: Tensor, places: int) -> Tensor:

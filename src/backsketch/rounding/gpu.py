@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backsketch.gpu import has_triton, on, signed
+from backsketch.gpu import on, signed, why_not
 from backsketch.rounding import eager
 from backsketch.rounding.eager import BLOCK, Key
 
-__all__ = ["Kernels", "agrees", "kernels"]
+__all__ = ["Kernels", "agrees", "fits", "kernels"]
 
 _EXACT = {"enable_fp_fusion": False}
 _ENTRIES = 2048  # of a program
@@ -21,7 +21,7 @@ _WIDEST = 16384  # rows of norms that fit into the registers of a program
 
 
 class Kernels:
-    """The compiled functions, with the arguments of ``eager.py``; tensors are contiguous, on one GPU."""
+    """The compiled functions, with the arguments of ``eager.py``: contiguous tensors, groups that fit."""
 
     def __init__(self) -> None:
         from backsketch.rounding import triton_kernels
@@ -44,12 +44,6 @@ class Kernels:
     def _pack(
         self, flat: Tensor, key: Key, bits: int, group_size: int, twice: bool, slope: int
     ) -> tuple[Tensor, Tensor]:
-        if not _is_power_of_two(group_size):
-            wide = flat.float()
-            if slope:
-                name = {1: "gelu", 2: "silu"}[slope]
-                return eager.pack_slope(wide, wide, name, key, bits, group_size)
-            return eager.pack(wide, key, bits, group_size, twice)
         n = flat.shape[0]
         groups = -(-n // group_size)
         together = max(1, _ENTRIES // group_size)
@@ -66,16 +60,12 @@ class Kernels:
         self, codes: Tensor, scales: Tensor, n: int, bits: int, group_size: int, which: int
     ) -> Tensor:
         """See :func:`backsketch.rounding.eager.restore`."""
-        if not _is_power_of_two(group_size):
-            return eager.restore(codes, scales, n, bits, group_size, which)
         return self._restore(codes, scales, None, scales.new_empty(n), bits, group_size, which)
 
     def times(
         self, cotangent: Tensor, codes: Tensor, scales: Tensor, bits: int, group_size: int
     ) -> Tensor:
         """See :func:`backsketch.rounding.eager.times`."""
-        if not _is_power_of_two(group_size):
-            return eager.times(cotangent, codes, scales, bits, group_size)
         out = torch.empty_like(cotangent)
         return self._restore(codes, scales, cotangent, out, bits, group_size, -1)
 
@@ -126,7 +116,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`backsketch.rounding.eager.layer_norm`."""
         (rows, width), out = g.shape, torch.empty_like(g)
-        if not _is_power_of_two(group_size) or width > _WIDEST:
+        if width > _WIDEST:
             return eager.layer_norm(g, weight, mean, rstd, codes, scales, bits, group_size)
         programs = min(rows, _PROGRAMS)
         parts = g.new_empty(programs, 2, width, dtype=torch.float32)
@@ -143,20 +133,19 @@ class Kernels:
     row_affine = staticmethod(eager.row_affine)
 
 
-def _is_power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
+def fits(group_size: int) -> bool:
+    """Whether the kernels know groups of this size: powers of two."""
+    return group_size & (group_size - 1) == 0
 
 
 @lru_cache
 def kernels(device: torch.device) -> Kernels | None:
     """The kernels, compiled for this device; None where that is impossible or they compute wrongly."""
-    if device.type != "cuda" or not has_triton():
-        return None
-    try:
-        own = Kernels()
-        return own if agrees(own, device) else None
-    except Exception:
-        return None
+    return None if why_not(device, _self_test) else Kernels()
+
+
+def _self_test(device: torch.device) -> bool:
+    return agrees(Kernels(), device)
 
 
 def agrees(own: Kernels, device: torch.device | str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from backsketch.sampling.triton_kernels import mix
+from backsketch.sampling.triton_kernels import magnitude_bits, mix
 
 __all__ = ["layer_norm", "mask", "masked", "pack", "restore"]
 
@@ -45,7 +45,7 @@ def _entries(
 @triton.jit
 def _scales(x, TOP: tl.constexpr):
     """Lowest entry and step of each group, NaN where one is not finite, and 65536 over the step."""
-    bits = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2), 1)
+    bits = tl.max(tl.max(magnitude_bits(x), 2), 1)
     low, high = tl.min(tl.min(x, 2), 1), tl.max(tl.max(x, 2), 1)
     extent = high - low
     finite = (bits < 0x7F800000) & (extent < float("inf"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from backsketch.gpu import has_triton, on, signed
+from backsketch.gpu import on, signed, why_not
 from backsketch.sampling.stream import mix
 
 __all__ = ["agrees", "draw", "draws", "row_norms", "works"]
@@ -75,29 +74,18 @@ def draw(
     return indices, weights
 
 
-def works(x: Tensor) -> bool:
-    """Whether the kernels take this tensor."""
-    if x.device.type != "cuda" or not has_triton() or not x.numel() > 0:
-        return False
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _agree(x.device)
+def works(device: torch.device) -> bool:
+    """Whether there are kernels for this device."""
+    return not why_not(device, agrees)
 
 
 def draws(scores: Tensor) -> bool:
     """Whether :func:`draw` takes these scores."""
-    if scores.device.type != "cuda" or not has_triton() or scores.shape[0] > _MOST:
-        return False
-    return scores.dtype in (torch.float32, torch.float64) and _agree(scores.device)
+    fits = scores.dtype in (torch.float32, torch.float64) and scores.shape[0] <= _MOST
+    return scores.device.type == "cuda" and fits and works(scores.device)
 
 
-@lru_cache
-def _agree(device: torch.device) -> bool:
-    try:
-        return agrees(device)
-    except Exception:
-        return False
-
-
-def agrees(device: torch.device | str) -> bool:
+def agrees(device: torch.device) -> bool:
     """The self-test: rows, weights and norms are those of PyTorch's own operators."""
     from backsketch.sampling.design import inclusion_probabilities, systematic
 

@@ -155,10 +155,10 @@ def _row_norms_impl(rows: Tensor, factors: Tensor | None) -> Tensor:
     if factors is not None:
         largest = factors.amax()
         factors = (factors / torch.where(largest > 0, largest, 1.0)).to(torch.float32)
-    if gpu.works(rows):
+    if gpu.works(rows.device):
         return gpu.row_norms(rows, factors)
-    wide = rows.to(torch.float64)
-    return torch.linalg.vector_norm(wide if factors is None else wide * factors, dim=1)
+    scaled = rows if factors is None else rows.to(torch.float64) * factors
+    return torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64)
 
 
 def _uniform_impl(like: Tensor, seed: Tensor, stream: int) -> Tensor:

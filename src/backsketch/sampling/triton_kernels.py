@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["draw", "mix", "row_norms"]
+__all__ = ["draw", "largest_of_rows", "magnitude_bits", "mix", "row_norms"]
 
 
 @triton.jit
@@ -15,6 +15,24 @@ def mix(counter, first_key, second_key):
     word = (word ^ (word >> 16)) * 0x7FEB352D ^ second_key.to(tl.uint32)
     word = (word ^ (word >> 15)) * 0x846CA68B
     return word ^ (word >> 16)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Magnitudes of float32 as integers in the same order, where a NaN is the largest."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def largest_of_rows(x_at, row, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Bits ``(ROWS, 1)`` of the largest magnitude in each of some rows of ``(n, k)``."""
+    start_of_row = x_at + row.to(tl.int64) * k
+    bits = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for start in range(0, k, COLUMNS):
+        column = (start + tl.arange(0, COLUMNS))[None, :]
+        x = tl.load(start_of_row + column, (row < n) & (column < k), 0.0).to(tl.float32)
+        bits = tl.maximum(bits, magnitude_bits(x))
+    return tl.max(bits, 1, keep_dims=True)
 
 
 @triton.jit
@@ -28,12 +46,7 @@ def row_norms(
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     start_of_row = x_at + row.to(tl.int64) * d
-    bits = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for start in range(0, d, COLUMNS):
-        column = (start + tl.arange(0, COLUMNS))[None, :]
-        x = tl.load(start_of_row + column, (row < n) & (column < d), 0.0).to(tl.float32)
-        bits = tl.maximum(bits, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    top = tl.max(bits, 1, keep_dims=True)
+    top = largest_of_rows(x_at, row, n, d, ROWS, COLUMNS)
     largest = top.to(tl.float32, bitcast=True)
     unit = tl.where((top > 0) & (top < 0x7F800000), largest, 1.0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
