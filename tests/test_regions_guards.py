@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import backsketch as bs
+from backsketch.planning.measure.step import backward_flops
 from backsketch.regions import Mask, Region, RunsExactly, attach, capture, refusal, runner, state_of
 from backsketch.regions.state import RegionState, runtime_of
 from region_models import (
@@ -272,6 +274,31 @@ def test_saved_bytes_does_not_capture_a_region_anew() -> None:
     for _ in range(3):
         bs.saved_bytes(model, x)
     assert runtime_of(model[0]).runner.capture.programs == programs
+
+
+def test_a_region_captured_under_one_kernel_of_attention_takes_the_other_later() -> None:
+    """Its graph holds one kernel: what counts, or tries, in the mathematical form must not leave it behind."""
+    model, x = Attention(16, 2), torch.randn(4, 8, 16)
+    bs.sketch_(model, bs.Region(keep=0.5))
+    expected = bs.saved_bytes(model, x).total
+    bs.restore_(model)
+    bs.sketch_(model, bs.Region(keep=0.5))
+    with sdpa_kernel(SDPBackend.MATH):
+        model(x).sum().backward()
+        mathematical = bs.saved_bytes(model, x).total
+    assert bs.saved_bytes(model, x).total == expected < mathematical
+
+
+def test_counting_arithmetic_leaves_no_kernel_of_attention_behind() -> None:
+    model, x = Attention(16, 2), torch.randn(4, 8, 16)
+    bs.sketch_(model, bs.Region(keep=0.5))
+    expected = bs.saved_bytes(model, x).total
+    for kernels in ([SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION]):
+        with sdpa_kernel(kernels):
+            counted = backward_flops(model, x, lambda model, x: model(x).sum())
+        products = 4 * 2 * 2 * 4 * 8 * 8 * 8 // 2  # of half of the samples
+        assert counted == products + 2 * 2 * 2 * 8 * 16 * 64
+    assert bs.saved_bytes(model, x).total == expected
 
 
 def test_a_flop_counter_is_no_obstacle_and_leaves_no_trace() -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import backsketch as bs
-from backsketch.regions import capture, joining, state_of
+from backsketch.regions import capture, copies, joining, state_of
 from backsketch.regions.partition import name_of
+from region_models import Attention, Feedforward
 
 
 def unbound(x: Tensor) -> Tensor:
@@ -64,6 +65,65 @@ def test_pieces_are_joined_where_they_fill_a_tensor(
     assert all(map(torch.allclose, found, expected))
     assert left == [CASES[function]]
     assert state_of(model).status == "active", state_of(model).reason
+
+
+class Stacked(nn.Module):
+    """Its gradient is a stack that is permuted and copied; `dims` say how."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.linear, self.dims = nn.Linear(12, 12), dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.linear(x).view(-1, 3, 2, 2).permute(self.dims).unbind(self.dims.index(1))
+        return (a * b.sin() + c.exp()).sum(dim=(-1, -2))
+
+
+class Dropped(nn.Module):
+    """Dropout with probability zero: of its argument, between two layers, and last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(12, 12), nn.Linear(12, 12), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.drop(self.first(self.drop(x)))
+        return self.drop(self.second(h.tanh())), self.drop(h)
+
+
+@pytest.mark.parametrize(
+    ("model", "left"),
+    [
+        *((Stacked(*dims), 0) for dims in [(0, 2, 1, 3), (0, 3, 2, 1), (0, 1, 2, 3)]),
+        (Attention(12, 3), 0),
+        (Feedforward(12), 1),  # an output that is only a view of a product is not touched
+        (Dropped(), 3),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_copies_that_eager_code_does_not_make_are_taken_out(
+    model: nn.Module, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def dropped(graph: fx.Graph) -> None:
+        copies.drop_copies(graph)
+        counted.append(sum(name_of(n) == "clone" for n in graph.nodes))
+
+    def gradients() -> tuple[Tensor, ...]:
+        outputs = model(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum((y.cos() * n).sum() for n, y in enumerate(outputs, 1))
+        return torch.autograd.grad(loss, [x, *model.parameters()])
+
+    monkeypatch.setattr(capture, "drop_copies", dropped)
+    x = torch.randn((4, 5, 12) if isinstance(model, Attention) else (4, 12), requires_grad=True)
+    expected = gradients()
+    bs.sketch_(model, bs.Region(keep=0.5))
+    assert all(map(torch.allclose, gradients(), expected)), "the first backward pass is on all rows"
+    assert state_of(model).status == "active", state_of(model).reason
+    assert counted == [left]
+    bs.restore_(model)
 
 
 class Talkative(nn.Module):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from backsketch.nn.swap import exact
@@ -36,8 +35,7 @@ def backward_arithmetic(
     """Count the products of matrices in an exact backward pass of ``model``.
 
     A module's backward has one product for its inputs and one for its weights, where they need gradients,
-    each as large as its forward pass. The counter has no formula for fused attention on a CPU, so attention
-    is run in its mathematical form.
+    each as large as its forward pass. Attention counts as its mathematical form, whichever kernel computes it.
 
     Args:
         model: any module; gradients, buffers and random streams are left as they were.
@@ -49,7 +47,6 @@ def backward_arithmetic(
     with (
         untouched(model, training=True, seed=0),
         exact(model),
-        sdpa_kernel(SDPBackend.MATH),
         counter,
         _watched(model, result, counter),
     ):
@@ -61,15 +58,21 @@ def backward_arithmetic(
 
 
 def product_counter() -> FlopCounterMode:
-    """PyTorch's counter of products of matrices, with what it lacks: grouped ones, groups in convolutions, ours.
+    """PyTorch's counter of products of matrices, with what it lacks: grouped ones, attention on a CPU, ours.
 
-    Its own count of a grouped convolution's ``grad_weight`` is too large by the number of groups.
+    Its own count of a grouped convolution's ``grad_weight`` is too large by the number of groups, and that of a
+    fused attention's backward pass has the scores computed again, which the mathematical form keeps.
     """
     aten = torch.ops.aten
     lacking: dict[Any, Any] = {
         **COUNTS,
         aten._grouped_mm: _grouped,
         aten.convolution_backward: _convolution_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+        aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+        aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
     }
     return FlopCounterMode(display=False, custom_mapping=lacking)
 
@@ -135,6 +138,20 @@ def _watch(
 def _grouped(a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Of one product over groups of rows, or of columns where both operands have two dimensions."""
     return 2 * a[-2] * a[-1] * b[-1]
+
+
+def _attention(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any
+) -> int:
+    """Scores and their product with the values; a causal mask saves nothing."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward(
+    cotangent: Any, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any
+) -> int:  # fmt: skip
+    """Two products for each of the two in the forward pass."""
+    return 2 * _attention(query, key, value)
 
 
 def _convolution_backward(

@@ -50,7 +50,7 @@ def call(module: Any, args: Any, kwargs: Any, compiler: str) -> Any:
     forward = module._original_class.forward
     if region.refused:
         return forward(module, *args, **kwargs)
-    if region.runner is not None and not region.runner.misleading:
+    if region.runner is not None and region.runner.fits:
         outputs = run_as(Call(region), _known, region.runner, module, args, kwargs)
         if outputs is not _UNKNOWN:
             return outputs
@@ -78,7 +78,7 @@ def _new(
     if _runs_as_is(region, lead):
         return forward(module, *args, **kwargs)
     runner = region.runner
-    if runner is None or runner.misleading:
+    if runner is None or not runner.fits:
         runner = region.runner = runner_for(module, forward, region.spec, compiler)
     this = Call(region, lead, (args, kwargs))
     try:

@@ -19,6 +19,7 @@ from backsketch.regions.arithmetic import in_8_bits
 from backsketch.regions.compilers import Compiler, copied
 from backsketch.regions.compilers import Runner as GraphRunner
 from backsketch.regions.context import Call, current
+from backsketch.regions.copies import drop_copies
 from backsketch.regions.joining import join_pieces
 from backsketch.regions.kept import kept_bytes
 from backsketch.regions.pair import Pair, Wiring
@@ -165,6 +166,7 @@ class _Graphs:
     def _edited(self, joint: fx.GraphModule) -> fx.GraphModule:
         """The joint graph with saved tensors in a few bits, or in full, with the reason kept."""
         join_pieces(joint.graph)
+        drop_copies(joint.graph)
         if self.bits is None:
             return joint
         try:

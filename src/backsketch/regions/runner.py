@@ -41,6 +41,12 @@ class Runner:
         self.capture = capture
         self.call = torch.compile(self.fresh, backend=capture, fullgraph=True)
         self.direct: dict[int, types.FunctionType] = {}
+        self.kernels = attention_kernels()
+
+    @property
+    def fits(self) -> bool:
+        """Whether its graphs have the attention that is wanted now, and outputs that are their own memory."""
+        return not self.misleading and self.kernels == attention_kernels()
 
     def find(self, module: Any, args: Any, kwargs: Any) -> Callable[..., Any] | None:
         """The compiled code whose guards hold for these arguments.
@@ -74,6 +80,17 @@ class Runner:
         return self.capture.copies and not self.scope["copies"]
 
 
+def attention_kernels() -> tuple[bool, ...]:
+    """Which kernels attention may take: a captured graph holds one of them, and Dynamo's guards do not ask."""
+    on = torch.backends.cuda
+    return (
+        on.flash_sdp_enabled(),
+        on.mem_efficient_sdp_enabled(),
+        on.math_sdp_enabled(),
+        on.cudnn_sdp_enabled(),
+    )
+
+
 _RUNNERS: dict[Any, Runner] = {}
 _LOCK = threading.Lock()
 
@@ -81,7 +98,8 @@ _LOCK = threading.Lock()
 def runner_for(module: Any, forward: Any, spec: Region, compiler: str) -> Runner:
     """The runner of this kind of region: made on first use, and again when the last one is outdated."""
     all_rows = spec.keep == 1
-    key = (type(module), spec.mode, spec.row_dims, spec.arithmetic, spec.save, all_rows, compiler)
+    settings = (spec.mode, spec.row_dims, spec.arithmetic, spec.save, all_rows, compiler)
+    key = (type(module), *settings, *attention_kernels())
     with _LOCK:
         before = _RUNNERS.get(key)
         if before is None or before.outdated:
