@@ -91,6 +91,17 @@ class Dropped(nn.Module):
         return self.drop(self.second(h.tanh())), self.drop(h)
 
 
+class Expanded(nn.Module):
+    """What is copied has strides of zero, which the view after it cannot have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)[:, None].expand(-1, 3, -1).clone().view(x.shape[0], 36).sin()
+
+
 @pytest.mark.parametrize(
     ("model", "left"),
     [
@@ -98,6 +109,7 @@ class Dropped(nn.Module):
         (Attention(12, 3), 0),
         (Feedforward(12), 1),  # an output that is only a view of a product is not touched
         (Dropped(), 3),
+        (Expanded(), 1),
     ],
     ids=lambda case: type(case).__name__,
 )

@@ -24,17 +24,25 @@ def drop_copies(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=_CLONE):
         if node.kwargs:
             _stack_permuted(graph, node)
-        elif not {_storage(node), _storage(node.args[0])} & given:
-            node.replace_all_uses_with(node.args[0])
+        elif _is_spare(node, given):
+            node.replace_all_uses_with(args_of(node)[0])
     graph.eliminate_dead_code()
+
+
+def _is_spare(clone: fx.Node, given: set[Any]) -> bool:
+    """Whether readers of a copy may read its source: no argument, no output, and laid out alike."""
+    (source,) = args_of(clone)
+    if {_storage(clone), _storage(source)} & given:
+        return False
+    return str(clone.meta["val"].stride()) == str(source.meta["val"].stride())
 
 
 def _stack_permuted(graph: fx.Graph, clone: fx.Node) -> None:
     """``stack(pieces).permute(dims)``, made contiguous, is a stack of permuted pieces along another dimension."""
-    permuted = clone.args[0]
+    (permuted,) = args_of(clone)
     if clone.kwargs != {"memory_format": torch.contiguous_format} or not _is(permuted, _PERMUTE):
         return
-    stack, dims = permuted.args
+    stack, dims = args_of(permuted)
     if not _is(stack, _STACK) or len(permuted.users) > 1 or len(stack.users) > 1:
         return
     pieces, along = (*args_of(stack), 0)[:2]
