@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -191,6 +192,14 @@ def test_core_imports_neither_the_extras_nor_the_compiler():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     left_out = {"typer", "rich", "datasets", "accelerate", "sklearn", "torch._dynamo"}
     assert not left_out & set(done.stdout.split())
+
+
+def test_python_m_backsketch_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["backsketch", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("backsketch", run_name="__main__", alter_sys=True)
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("backsketch ")
 
 
 def test_help_lists_the_contract():

@@ -252,7 +252,7 @@ BAD_RULES = {
     "no effect": ({"": ROWS, "head": COLUMNS}, ValueError, "'head' has no effect: earlier patterns"),
     "empty": ({}, TypeError, "non-empty mapping"),
     "nothing": (None, TypeError, "rules must be a sketch"),
-    "text": ("rows:keep=0.5", TypeError, "rules must be a sketch"),
+    "text": ("int8", TypeError, r"rules must be a sketch.*'int8'; turn text .* with bs\.parse"),
     "a number": (0.5, TypeError, "rules must be a sketch"),
     "a list": ([ROWS], TypeError, "rules must be a sketch"),
     "text for a sketch": ({"head": "rows:keep=0.5"}, TypeError, r"bs\.parse"),

@@ -42,7 +42,7 @@ def normalise(rules: Any) -> Patterns:
     if not isinstance(rules, Mapping) or not rules:
         raise TypeError(
             "rules must be a sketch such as bs.Rows(keep=0.25), a plan, or a non-empty mapping from "
-            f"pattern to sketch; got {rules!r}"
+            f"pattern to sketch; got {rules!r}{_parse_hint(rules)}"
         )
     problems, malformed = [], []
     for pattern, sketch in rules.items():
@@ -55,13 +55,16 @@ def normalise(rules: Any) -> Patterns:
                 f"{pattern!r} is neither a name pattern, nor a module type, nor a filter (name, module) -> bool"
             )
         if sketch is not None and not isinstance(sketch, Sketch):
-            hint = "; turn text into a sketch with bs.parse" if isinstance(sketch, str) else ""
-            problems.append(f"{show(pattern)}: {sketch!r} is not a sketch{hint}")
+            problems.append(f"{show(pattern)}: {sketch!r} is not a sketch{_parse_hint(sketch)}")
     if problems:
         raise TypeError("rules: " + "; ".join(problems))
     if malformed:
         raise ValueError("rules: " + "; ".join(malformed))
     return list(rules.items())
+
+
+def _parse_hint(sketch: Any) -> str:
+    return "; turn text into a sketch with bs.parse" if isinstance(sketch, str) else ""
 
 
 def _malformed(pattern: str) -> list[str]:
