@@ -10,7 +10,7 @@ test test-part test-all faults check: export OMP_WAIT_POLICY ?= passive
 # Compiled modules and tests are kept: each process would compile them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-PART ?= 1/2
+PART ?= 1/3
 .PHONY: demo test test-part test-all faults fuzz docs lint types check clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -23,13 +23,13 @@ demo: $(STAMP)  ## train an MLP on digits, exact and sketched side by side
 	$(BIN)/backsketch train
 
 test: $(STAMP)  ## all tests but the slow cases
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-part: $(STAMP)  ## with a part of the slow cases, such as PART=2/2
-	$(BIN)/python -m pytest -n 2 --dist loadfile --slow-part $(PART)
+test-part: $(STAMP)  ## a part of the slow cases alone, such as PART=2/3
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --slow-part $(PART)
 
 test-all: $(STAMP)  ## with the slow cases
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
 	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 2 --out results/faults/faults.json

@@ -21,12 +21,25 @@ if not CONSTANTS_OF_OBJECTS:  # PyTorch 2.10 and 2.11: see "Limits" in the READM
     torch._dynamo.config.specialize_float = True
 
 
+LONG = (
+    "test_killed.py",
+    "test_cluster.py",
+    "test_train.py",
+    "test_compile.py",
+    "test_fuzz.py",
+    "test_regions.py",
+    "test_docs.py",
+)
+"""Files that run first. Each file runs in one process: a long one at the end would leave the others idle."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow-part", metavar="K/N", help="run part K of N of the slow cases")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _mark_slow_cases(config, items)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if part := config.getoption("--slow-part"):
         number, count = map(int, part.split("/"))
         left_out = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,20 @@ import backsketch as bs
 from backsketch.theory.noise import GradientSums
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# --------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------
+
+
+def warm_forkserver() -> None:
+    """Start, once, the process from which others fork theirs: it has imported what they need."""
+    modules = ["backsketch", "pytest", "torch.distributed.fsdp", "torch.distributed.tensor"]
+    modules += ["torch._dynamo", "backsketch.experiments.problems"]
+    modules += [name for name in ("distributed",) if importlib.util.find_spec(name)]
+    multiprocessing.set_forkserver_preload(modules)
+    forkserver.ensure_running()
+
 
 # --------------------------------------------------------------------------------------------------
 # Models and inputs

@@ -20,6 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from backsketch import cli
+from backsketch.commands import train as command
 from backsketch.train import config, loop
 from backsketch.train.checkpoint import load_checkpoint
 
@@ -41,8 +42,9 @@ def invoke(*arguments: str):
 def test_without_arguments_the_digits_are_trained_exactly_and_sketched(
     min_steps, accuracy, monkeypatch
 ):
-    """With fewer steps than the command makes, or as it is."""
+    """With fewer steps of a narrower model than the command makes, or as it is."""
     if min_steps is not None:
+        monkeypatch.setitem(command.DEMONSTRATION, "model_options", {"widths": [256] * 3})
         short = replace(config.RECIPES["mlp"], epochs=1, min_steps=min_steps)
         monkeypatch.setattr(config, "RECIPES", {**config.RECIPES, "mlp": short})
     done = invoke()

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("distributed")
+import dask
 import distributed
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from backsketch.experiments import Job, SweepError, run_sweep
 from backsketch.experiments.cluster import outcomes_on
 from backsketch.experiments.pool import outcomes
 from backsketch.experiments.store import Sweep
-from helpers import quiet, sweep_config
+from helpers import quiet, sweep_config, warm_forkserver
 from test_sweep import TINY
 
 DEPTH = {"width": 8, "residual": False, "arm": "grad_weight only"}
@@ -28,8 +29,12 @@ DEPTH = {"width": 8, "residual": False, "arm": "grad_weight only"}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    warm_forkserver()
     options = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": 50}
-    with distributed.LocalCluster(n_workers=2, host="127.0.0.1", **options) as started:
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        distributed.LocalCluster(n_workers=2, host="127.0.0.1", **options) as started,
+    ):
         yield started
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 import backsketch as bs
 from backsketch import regions
+from helpers import warm_forkserver
 
 DRAWS = 120
-IMPORTED = ["pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
 EIGHT_BIT = {"0": bs.Int8(), "2": bs.Float8()}
 
 
@@ -132,8 +131,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, object]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    # Both are forked from one process that has imported what they need, which takes longer than they do.
-    multiprocessing.set_forkserver_preload(["backsketch", *IMPORTED])
+    warm_forkserver()
     torch.multiprocessing.start_processes(
         work, args=(str(folder),), nprocs=2, start_method="forkserver"
     )

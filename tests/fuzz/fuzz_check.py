@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch.nn.swap import is_swapped
 from backsketch.regions.state import RunsExactly
+from backsketch.untouched import seed_torch
 
 DRAWS = (60, 300, 2000)
 QUICK = (60, 200)  # for what is known to fail
@@ -98,7 +99,7 @@ class Run:
     """
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
-        torch.manual_seed(case.seed)
+        seed_torch(case.seed)
         self.case, self.device = case, torch.device(device)
         self.dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
         self.model = self._build().to(self.device, self.dtype)
@@ -178,7 +179,7 @@ class Run:
 
     def _outputs(self, model: nn.Module, x: Tensor, autocast: bool = True) -> list[Tensor]:
         """Every tensor of the output; dropout masks are the same in each call."""
-        torch.manual_seed(self.case.seed + 1)
+        seed_torch(self.case.seed + 1)
         enabled = autocast and self.case.dtype == "autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             return list(_tensors(model(x)))
