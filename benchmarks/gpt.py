@@ -30,6 +30,7 @@ from backsketch.train.setup import make_optimizer, make_schedule
 
 ARMS = {
     "int8": "int8",
+    "regions in int8 at blocks": '{"head": "int8", "blocks.*": "region:keep=1.0,arithmetic=int8"}',
     "int8, exact head": '{"blocks.*": "int8"}',
     "int8, head rows 0.25": '{"head": "int8:sketch=(rows:keep=0.25)", "blocks.*": "int8"}',
     "int8, rows 0.5": "int8:sketch=(rows:keep=0.5)",

@@ -263,6 +263,7 @@ EQUAL_COST = {
     "equal_cost_mlp": "MLP, MNIST",
     "equal_cost_vit": "ViT, CIFAR-10",
     "equal_cost_bagnet": "BagNet, CIFAR-10",
+    "equal_cost_gpt": "GPT, tinyshakespeare",
 }
 PAPER = ("paper_mlp", "paper_vit", "paper_bagnet")
 
@@ -278,17 +279,20 @@ def headline() -> str:
         sketched = [a for a in found if not a.is_exact and a.model == model and a.seconds]
         best = min(sketched, key=lambda arm: arms.relative_time(arm, exact)[0])
         told = {row[0]: row for row in _page(name).tables[0].rows}
-        seconds, ratio, accuracy = (_page(name).tables[0].header.index(h) for h in _HEADLINE)
+        header = _page(name).tables[0].header
+        final = f"final {best.goal.key}"
+        seconds, ratio, end = map(header.index, ("time to target", "over best exact", final))
+        goal = f"{best.goal.value:g} nats" if best.goal.is_loss else f"{100 * best.goal.value:g} %"
         rows.append(
             [
-                f"{task}: {100 * best.goal.value:g} %", exact.name, told[exact.name][seconds],
+                f"{task}: {goal}", exact.name, told[exact.name][seconds],
                 best.name, told[best.name][seconds], f"**{told[best.name][ratio]}**",
-                f"{sweep.settings['aim']:g}", told[exact.name][accuracy], told[best.name][accuracy],
+                f"{sweep.settings['aim']:g}", told[exact.name][end], told[best.name][end],
             ]
         )  # fmt: skip
     header = [
         "target", "best exact arm", "time", "best sketched arm", "time", "over exact", "aim",
-        "final accuracy, exact", "sketched",
+        "final accuracy or loss, exact", "sketched",
     ]  # fmt: skip
     return _markdown(header, rows)
 
@@ -303,9 +307,6 @@ def early() -> str:
             omegas = equal_cost.by_epoch(arm, "extra_variance")
             rows.append([arm.name, *(f"{omegas[epoch]:.3f}" for epoch in sorted(omegas))])
     return _markdown(["ω", *(f"epoch {epoch + 1}" for epoch in range(epochs))], rows)
-
-
-_HEADLINE = ("time to target", "over best exact", "final accuracy")
 
 
 def planner() -> str:

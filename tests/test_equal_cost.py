@@ -211,6 +211,18 @@ def test_arms_use_the_rate_that_was_best_on_the_first_seed():
     assert relative_time(weak, exact) is None
 
 
+def test_the_best_exact_arm_is_best_on_the_seeds_that_all_have():
+    """An arm with one seed must not win because the further seeds of another one are slow."""
+    several, one = arms(
+        made_sweep(
+            made_run("several", "none", speed=0.012),
+            made_run("several", "none", speed=0.008, seed=1),
+            made_run("one", "none", speed=0.011, batch_size=20),
+        )
+    )
+    assert best_exact([several, one], several.model) is several
+
+
 def test_targets_are_met_between_looks():
     run = made_run("x", "none", speed=0.013)["result"]
     assert reached(run, Goal(0.5)) == pytest.approx(0.5 / 0.013)

@@ -378,7 +378,7 @@ def test_the_sweep_over_a_language_model_runs_and_is_reported(tiny_sweep, tmp_pa
     assert run_sweep(tiny_sweep, tmp_path / "results", console=quiet()) == []
     report([tmp_path / "results"], tmp_path / "page.html", quiet())
     page = (tmp_path / "page.html").read_text()
-    for said in ("a test loss of 6 nats", "final loss", "int8, head rows 0.25"):
+    for said in ("a test loss of 6 nats", "final loss", "int8, batch 16"):
         assert said in page
 
 

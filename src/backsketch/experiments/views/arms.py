@@ -190,11 +190,20 @@ def arms(sweep: Sweep) -> list[Arm]:
 
 
 def best_exact(found: Iterable[Arm], model: str) -> Arm | None:
-    """The arm with exact gradients that reaches the target first."""
-    timed = [a for a in found if a.is_exact and a.model == model and a.seconds is not None]
-    return min(
-        timed, key=lambda arm: mean_error(list((arm.seconds or {}).values()))[0], default=None
-    )
+    """The arm with exact gradients that reaches the target first, by the seeds that all of them have."""
+    timed = [
+        (arm, arm.seconds)
+        for arm in found
+        if arm.is_exact and arm.model == model and arm.seconds is not None
+    ]
+    if not timed:
+        return None
+    shared = set.intersection(*(set(seconds) for _, seconds in timed))
+
+    def mean(seconds: Mapping[int, float]) -> float:
+        return statistics.fmean(s for seed, s in seconds.items() if seed in shared or not shared)
+
+    return min(timed, key=lambda pair: mean(pair[1]))[0]
 
 
 def relative_step(arm: Arm, base: Arm) -> float:
