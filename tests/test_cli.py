@@ -197,6 +197,7 @@ def test_core_imports_neither_the_extras_nor_the_compiler():
 
 
 def test_python_m_backsketch_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "backsketch.__main__", raising=False)  # other tests import it
     monkeypatch.setattr(sys, "argv", ["backsketch", "--version"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("backsketch", run_name="__main__", alter_sys=True)
