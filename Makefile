@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Threads that wait for work by spinning slow each other down where cores are shared: the tests run in two
 # processes. A training that has the machine to itself loses by it (docs/regions.md).
@@ -23,13 +24,13 @@ demo: $(STAMP)  ## train an MLP on digits, exact and sketched side by side
 	$(BIN)/backsketch train
 
 test: $(STAMP)  ## all tests but the slow cases
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-part: $(STAMP)  ## a part of the slow cases alone, such as PART=2/3
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow --slow-part $(PART)
+	$(PYTEST) -m slow --slow-part $(PART)
 
 test-all: $(STAMP)  ## with the slow cases
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 faults: $(STAMP)  ## kill runs at random moments, continue them, compare bit for bit
 	$(BIN)/python tests/faults/campaign.py --cases 100 --processes 2 --out results/faults/faults.json

@@ -278,10 +278,10 @@ def headline() -> str:
         exact = arms.best_exact(found, model)
         sketched = [a for a in found if not a.is_exact and a.model == model and a.seconds]
         best = min(sketched, key=lambda arm: arms.relative_time(arm, exact)[0])
-        told = {row[0]: row for row in _page(name).tables[0].rows}
-        header = _page(name).tables[0].header
-        final = f"final {best.goal.key}"
-        seconds, ratio, end = map(header.index, ("time to target", "over best exact", final))
+        table = _page(name).tables[0]
+        told = {row[0]: row for row in table.rows}
+        columns = ("time to target", "over best exact", f"final {best.goal.key}")
+        seconds, ratio, end = map(table.header.index, columns)
         goal = f"{best.goal.value:g} nats" if best.goal.is_loss else f"{100 * best.goal.value:g} %"
         rows.append(
             [

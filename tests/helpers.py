@@ -27,10 +27,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def warm_forkserver() -> None:
     """Start, once, the process from which others fork theirs: it has imported what they need."""
-    modules = ["backsketch", "pytest", "torch.distributed.fsdp", "torch.distributed.tensor"]
-    modules += ["torch._dynamo", "backsketch.experiments.problems"]
-    modules += [name for name in ("distributed",) if importlib.util.find_spec(name)]
-    multiprocessing.set_forkserver_preload(modules)
+    modules = [
+        "backsketch",
+        "pytest",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+    ]
+    # What is not installed is left out by the server itself.
+    multiprocessing.set_forkserver_preload(
+        [*modules, "backsketch.experiments.problems", "distributed"]
+    )
     forkserver.ensure_running()
 
 

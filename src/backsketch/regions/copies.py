@@ -48,16 +48,10 @@ def _stack_permuted(graph: fx.Graph, clone: fx.Node) -> None:
     pieces, along = (*args_of(stack), 0)[:2]
     along, dims = along % len(dims), [d % len(dims) for d in dims]
     order = [d - (d > along) for d in dims if d != along]
+    tag = clone.meta.get("partitioner_tag")
     with graph.inserting_before(clone):
-        turned = [_tagged(graph, clone, _PERMUTE, piece, order) for piece in pieces]
-        clone.replace_all_uses_with(_tagged(graph, clone, _STACK, turned, dims.index(along)))
-
-
-def _tagged(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    node = call(graph, target, *args)
-    if "partitioner_tag" in like.meta:
-        node.meta["partitioner_tag"] = like.meta["partitioner_tag"]
-    return node
+        turned = [call(graph, _PERMUTE, piece, order, tag=tag) for piece in pieces]
+        clone.replace_all_uses_with(call(graph, _STACK, turned, dims.index(along), tag=tag))
 
 
 def _is(node: Any, target: Any) -> bool:

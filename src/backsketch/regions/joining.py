@@ -70,7 +70,7 @@ def _join(graph: fx.Graph, root: fx.Node) -> None:
             terms = [t for t in terms if t not in pieces] + [_joined(graph, ordered)]
         total = terms[0]
         for term in terms[1:]:
-            total = _backward(graph, _ADD, total, term)
+            total = call(graph, _ADD, total, term, tag="is_backward")
     root.replace_all_uses_with(total)
     graph.erase_node(root)
 
@@ -107,10 +107,5 @@ def _span(piece: fx.Node, size: Any) -> tuple[Any, Any]:
 def _joined(graph: fx.Graph, pieces: list[fx.Node]) -> fx.Node:
     first = pieces[0]
     target = aten.stack.default if first.target is _SELECTED else aten.cat.default
-    return _backward(graph, target, [args_of(p)[0] for p in pieces], args_of(first)[2])
-
-
-def _backward(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    node = call(graph, target, *args)
-    node.meta["partitioner_tag"] = "is_backward"
-    return node
+    inner = [args_of(p)[0] for p in pieces]
+    return call(graph, target, inner, args_of(first)[2], tag="is_backward")

@@ -250,16 +250,11 @@ class Saver:
 
     def forward(self, target: Any, *args: Any) -> fx.Node:
         """A call of the forward pass."""
-        return self._call("is_forward", target, args)
+        return call(self.graph, target, *args, tag="is_forward")
 
     def backward_call(self, target: Any, *args: Any) -> fx.Node:
         """A call of the backward pass."""
-        return self._call("is_backward", target, args)
-
-    def _call(self, tag: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
-        node = call(self.graph, target, *args)
-        node.meta["partitioner_tag"] = tag
-        return node
+        return call(self.graph, target, *args, tag="is_backward")
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put a new node into the place of an old one."""
