@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -22,6 +23,19 @@ SHAPES = [(5, 3, 7), (1, 1, 1), (300, 100, 70), (261, 64, 2100), (700, 33, 129),
 needs_native = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 
 
+@pytest.fixture(params=[True, False], ids=["tiles", "vectors"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[native.Kernels]:
+    """The compiled kernels, in matrix registers where the processor has them, and in vectors."""
+    compiled = native.library()
+    if compiled is None:
+        pytest.skip("no compiled kernels here")
+    before = compiled.with_tiles
+    if compiled.use_tiles(request.param) != request.param:
+        pytest.skip("no matrix registers here")
+    yield compiled
+    compiled.use_tiles(before)
+
+
 def operands(n: int, j: int, o: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Cotangent with row scales over many decades, input and weight."""
     generator = torch.Generator().manual_seed(n)
@@ -35,11 +49,9 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
 
 
-@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_kernels_agree_with_their_twin_bit_for_bit(shape, dtype):
-    kernels = native.library()
+def test_the_kernels_agree_with_their_twin_bit_for_bit(shape, dtype, kernels):
     g, x, w = operands(*shape, dtype)
     wide = [t.float() for t in (g, x, w)]
     packed = kernels.pack(x, KEYS[2])
@@ -52,9 +64,7 @@ def test_the_kernels_agree_with_their_twin_bit_for_bit(shape, dtype):
         torch.testing.assert_close(fast[2], slow[2], rtol=1e-5, atol=1e-5 * float(g.abs().max()))
 
 
-@needs_native
-def test_they_agree_on_what_is_not_finite_and_it_reaches_the_gradients():
-    kernels = native.library()
+def test_they_agree_on_what_is_not_finite_and_it_reaches_the_gradients(kernels):
     g, x, w = operands(300, 40, 30)
     g[3], g[280] = 0, 1e-38
     g[5, 2], x[270, 4], w[0, 7] = torch.nan, torch.inf, -torch.inf
@@ -78,6 +88,9 @@ CONVOLUTIONS = [
     (((2, 2), (2, 2), (0, 0), (1, 1), (16, 16), 1), (3, 3, 70)),
     (((1, 1), (1, 1), (0, 0), (1, 1), (1, 36), 1), (20, 33, 20)),
     (((1, 1), (1, 1), (2, 2), (1, 1), (5, 5), 1), (2, 8, 8)),
+    (((3, 3), (1, 1), (1, 1), (1, 1), (9, 7), 1), (5, 40, 70)),
+    (((3, 2), (2, 3), (1, 1), (1, 2), (11, 8), 2), (6, 66, 72)),
+    (((1, 1), (1, 1), (0, 0), (1, 1), (4, 4), 1), (70, 17, 48)),
 ]
 
 
@@ -95,11 +108,9 @@ def convolved(case, dtype: torch.dtype = torch.float32) -> tuple[products.Geomet
     return geometry, [t.to(dtype) for t in (g, x, w)]
 
 
-@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_convolution_kernels_agree_with_their_twin_bit_for_bit(case, dtype):
-    kernels = native.library()
+def test_convolution_kernels_agree_with_their_twin_bit_for_bit(case, dtype, kernels):
     geometry, (g, x, w) = convolved(case, dtype)
     if dtype == torch.float32:
         g[0, 0], x[-1, 1, 0, 0] = 0, torch.inf
@@ -266,6 +277,33 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch):
         lambda *a: [None if t is None else t + 1 for t in eager.vjps(*a[1:])],
     )
     assert not native.agrees(kernels)
+
+
+def test_matrix_registers_that_compute_wrongly_are_left_for_vectors(monkeypatch):
+    found = native.library()
+    if found is None or not found.with_tiles:
+        pytest.skip("no matrix registers here")
+    monkeypatch.setattr(native, "agrees", lambda kernels: not kernels.with_tiles)
+    try:
+        again = native.library.__wrapped__()
+        assert again is not None
+        assert not again.with_tiles
+    finally:
+        assert found.use_tiles(True)
+
+
+def test_matrix_registers_are_left_as_they_were(kernels):
+    """Other libraries multiply in them too, between calls and in other threads."""
+    left, right = torch.randint(-127, 128, (2, 256, 256), dtype=torch.int8)
+    half = torch.randn(256, 256).bfloat16()
+    g, x, w = operands(300, 96, 130)
+    before = torch._int_mm(left, right), half @ half, kernels.vjps(g, x, w, None, KEYS, True)
+    with ThreadPoolExecutor(2) as pool:
+        ours = [pool.submit(kernels.vjps, g, x, w, None, KEYS, True) for _ in range(20)]
+        theirs = [pool.submit(torch._int_mm, left, right) for _ in range(20)]
+        assert all(torch.equal(future.result(), before[0]) for future in theirs)
+        assert all(all(map(equal, future.result(), before[2])) for future in ours)
+    assert torch.equal(half @ half, before[1])
 
 
 def test_the_report_says_where_no_gain_in_time_is_expected(monkeypatch):

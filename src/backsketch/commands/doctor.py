@@ -105,9 +105,11 @@ def _kernels() -> Iterator[Finding]:
         if source is None:
             continue
         works = source.library() is not None
+        kernels = getattr(module, "library", lambda: None)() if works else None
+        tiles = ", in matrix registers (AMX)" if getattr(kernels, "with_tiles", False) else ""
         yield Finding(
             f"compiled {room}",
-            "works" if works else source.why_not(),
+            f"works{tiles}" if works else source.why_not(),
             "" if works else f"{room} runs in plain PyTorch: the same values, slower",
             works,
         )

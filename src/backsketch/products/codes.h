@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -55,6 +56,12 @@ inline T load(const void *from) {
 template <class T>
 inline void store(void *to, T value) {
   std::memcpy(to, &value, sizeof value);
+}
+
+// Bring a line into the cache that is read, or written, soon. It may lie behind the end.
+template <bool WRITTEN = false>
+inline void fetch(const void *at) {
+  __builtin_prefetch(at, WRITTEN);
 }
 
 struct Key {

@@ -14,7 +14,7 @@
 
 #pragma once
 
-#include "codes.h"
+#include "tiles.h"
 
 namespace {
 
@@ -44,7 +44,10 @@ template <class T>
 i32 largest_of(const T *x, i64 count) {
   v16 most = {};
   i64 k = 0;
-  for (; k + 16 <= count; k += 16) most = larger(most, magnitude(floats(x + k)));
+  for (; k + 16 <= count; k += 16) {
+    fetch(x + k + 512);
+    most = larger(most, magnitude(floats(x + k)));
+  }
   if (k < count) most = larger(most, magnitude(some_floats(x + k, count - k)));
   return largest_of(most);
 }
@@ -191,39 +194,41 @@ struct Padded {
   }
 };
 
-// The input of a channel, padded, as bytes. Where the stride is s, columns equal modulo s lie side by side.
+// The input of a sample and channel, padded, as bytes. Where the stride is s, it lies in s * s planes of the positions that are equal
+// modulo s, so that what a tap reads lies side by side.
 struct Image {
-  i64 height, part, line, bytes;
+  i64 height, width, plane, bytes;
 
   Image(const Axis &y, const Axis &x) {
-    height = (y.out - 1) * y.stride + (y.kernel - 1) * y.dilation + 1;
-    part = up(x.out, 4) + (x.kernel - 1) * x.dilation / x.stride;
-    line = x.stride * part;
-    bytes = height * line + 4;
+    height = y.out + (y.kernel - 1) * y.dilation / y.stride, width = x.out + (x.kernel - 1) * x.dilation / x.stride;
+    plane = height * width, bytes = y.stride * x.stride * plane;
   }
-  i64 column(const Axis &x, i64 at) const { return at % x.stride * part + at / x.stride; }
+  // Where tap (i, j) begins to read; it reads its next line `width` bytes on.
+  i64 tap(const Axis &y, const Axis &x, i64 i, i64 j) const {
+    const i64 r = i * y.dilation, c = j * x.dilation;
+    return (r % y.stride * x.stride + c % x.stride) * plane + r / y.stride * width + c / x.stride;
+  }
 };
 
 void fill_image(const u8 *codes, const Axis &y, const Axis &x, const Image &image, u8 *to) {
-  const bool whole = !y.padding && !x.padding && x.stride == 1 && image.line == x.in;
-  if (whole) {
-    std::memcpy(to, codes, std::min(image.height, y.in) * x.in);
+  if (!y.padding && !x.padding && y.stride == 1 && x.stride == 1 && image.height == y.in && image.width == x.in) {
+    std::memcpy(to, codes, image.bytes);
     return;
   }
   std::memset(to, 128, image.bytes);
-  for (i64 r = 0; r < image.height; r++) {
+  for (i64 r = 0; r < image.height * y.stride; r++) {
     const i64 from = r - y.padding;
     if (from < 0 || from >= y.in) continue;
     const u8 *line = codes + from * x.in;
-    u8 *out = to + r * image.line;
+    u8 *out = to + r % y.stride * x.stride * image.plane + r / y.stride * image.width;
     if (x.stride == 1) {
-      std::memcpy(out + x.padding, line, std::min(x.in, image.part - x.padding));
+      std::memcpy(out + x.padding, line, std::clamp<i64>(image.width - x.padding, 0, x.in));
       continue;
     }
     for (i64 q = 0; q < x.stride; q++) {
       const i64 first = std::max<i64>(0, (x.padding - q + x.stride - 1) / x.stride);
-      const i64 last = std::min(image.part, (x.in - 1 + x.padding - q + x.stride) / x.stride);
-      for (i64 k = first; k < last; k++) out[q * image.part + k] = line[k * x.stride + q - x.padding];
+      const i64 last = std::min(image.width, (x.in - 1 + x.padding - q + x.stride) / x.stride);
+      for (i64 k = first; k < last; k++) out[q * image.plane + k] = line[k * x.stride + q - x.padding];
     }
   }
 }
@@ -237,12 +242,14 @@ struct Phase {
   i64 y, x, rows, columns;            // positions
   std::vector<Tap> below, across;     // taps of the two axes
   i64 depth, first;                   // steps of four terms; where its codes begin, in steps
-  std::vector<i32> offsets;           // into the padded cotangent
+  std::vector<i32> offsets;           // into the padded cotangent, of each step or, with tiles, of 16 steps
 };
 
 struct Weights {
   std::vector<Phase> phases;
-  std::vector<u8> codes;     // [group][phase][channel][step][4]
+  bool tiles;                // steps of a tap are padded to whole registers
+  i64 fours;                 // steps of a tap
+  std::vector<u8> codes;     // [group][phase][channel][tap][step][4]
   std::vector<i32> sums;     // [group][phase][channel]
   std::vector<float> steps;  // [channel of all groups]
   i64 of_group;              // bytes
@@ -252,21 +259,23 @@ template <class T>
 void round_weight(const Convolution &p, const Padded &padded, Weights &weights) {
   const T *w = (const T *)p.w;
   const i64 in = p.c / p.groups, out = p.o / p.groups, area = p.y.kernel * p.x_axis.kernel, fours = up(out, 4) / 4;
-  i64 steps = 0;
+  weights.tiles = with_tiles() && fours >= 8 && in >= 8;
+  weights.fours = weights.tiles ? up(fours, TILE) : fours;
+  i64 steps = 0, deepest = 0;
   for (i64 y = 0; y < p.y.stride; y++)
     for (i64 x = 0; x < p.x_axis.stride; x++) {
       Phase phase{y, x, positions_of(p.y, y), positions_of(p.x_axis, x), taps_of(p.y, y), taps_of(p.x_axis, x), 0, steps, {}};
-      for (i64 four = 0; four < fours; four++)
-        for (const Tap &i : phase.below)
-          for (const Tap &j : phase.across)
+      for (const Tap &i : phase.below)
+        for (const Tap &j : phase.across)
+          for (i64 four = 0; four < fours; four += weights.tiles ? TILE : 1)
             phase.offsets.push_back((i32)(four * padded.plane + (i.offset * padded.width + j.offset) * 4));
-      phase.depth = (i64)phase.offsets.size();
-      steps += phase.depth * in;
+      phase.depth = (i64)(phase.below.size() * phase.across.size()) * weights.fours;
+      steps += phase.depth * in, deepest = std::max(deepest, phase.depth);
       weights.phases.push_back(phase);
     }
   const i64 phases = (i64)weights.phases.size();
   weights.of_group = steps * 4;
-  weights.codes.assign(p.groups * weights.of_group, 0);
+  weights.codes.assign(p.groups * weights.of_group + (weights.tiles ? 32 * 4 * deepest : 0), 0);  // registers read whole rows
   weights.sums.assign(p.groups * phases * in, 0);
   weights.steps.resize(p.c);
 
@@ -280,7 +289,7 @@ void round_weight(const Convolution &p, const Padded &padded, Weights &weights) 
   for (i64 c = 0; c < p.c; c++) scale_of(most[c], weights.steps[c], rates[c]);
 
   // Where tap (i, j) of a channel goes: every tap belongs to one phase.
-  struct Place { i64 start, depth, step, taps; };
+  struct Place { i64 start, depth, step; };
   std::vector<Place> places(area);
   for (i64 f = 0; f < phases; f++) {
     const Phase &phase = weights.phases[f];
@@ -288,7 +297,7 @@ void round_weight(const Convolution &p, const Padded &padded, Weights &weights) 
     for (i64 a = 0; a < (i64)phase.below.size(); a++)
       for (i64 b = 0; b < across; b++) {
         const i64 tap = phase.below[a].index * p.x_axis.kernel + phase.across[b].index;
-        places[tap] = {phase.first, phase.depth, a * across + b, (i64)phase.below.size() * across};
+        places[tap] = {phase.first, phase.depth, (a * across + b) * weights.fours};
       }
   }
 #pragma omp parallel num_threads(p.threads)
@@ -311,7 +320,7 @@ void round_weight(const Convolution &p, const Padded &padded, Weights &weights) 
           const u8 *from = lines.data() + c * area + tap;
           const u32 word = from[0] | from[ld] << 8 | from[2 * ld] << 16 | (u32)from[3 * ld] << 24;
           const Place &at = places[tap];
-          store(to + 4 * (at.start + c * at.depth + first / 4 * at.taps + at.step), word ^ 0x80808080u);
+          store(to + 4 * (at.start + c * at.depth + at.step + first / 4), word ^ 0x80808080u);
         }
     }
   }
@@ -355,30 +364,51 @@ void input_of(const Convolution &p, const Padded &padded, const Weights &weights
     const bool direct = phases == 1 && padded.width == p.x_axis.in;
     const u8 *right = codes + (padded.above * padded.width + padded.before) * 4;
     const u8 *left = weights.codes.data() + group * weights.of_group + 4 * phase.first;
-    for (i64 begin = 0; begin < samples * each; begin += VECTORS)
-      for (i64 c = 0; c < in; c += ROWS) {
+    const auto column = [&](i64 k) { return right + k / each * apart + k % each * 64; };
+    // Sums of some channels, `ld` apart, and vectors.
+    const auto finish = [&](i64 c, i64 rows, i64 first, int vectors, const i32 *sums, i64 ld) {
+      for (int v = 0; v < vectors; v++) {
+        const i64 s = (first + v) / each, at = (first + v) % each * 16, room = flat - at;
+        float *to = direct ? out + (s * p.c + c) * area + at : plane + c * line + (first + v) * 16;
+        for (i64 m = 0; m < rows; m++, to += direct ? area : line) {
+          const v16 sum = load<v16>(sums + m * ld + 16 * v) - 128 * weights.sums[(group * phases + f) * in + c + m];
+          const f16 value = __builtin_convertvector(sum, f16) * column_steps[c + m] * steps[s];
+          if (!direct || room >= 16) store(to, value);
+          else std::memcpy(to, &value, room * sizeof(float));
+        }
+      }
+    };
+    for (i64 begin = 0; begin < samples * each; begin += VECTORS) {
+      const i64 end = std::min(samples * each, begin + VECTORS);
+#if WITH_TILES
+      for (i64 c = 0; weights.tiles && c < in; c += 32) {
+        alignas(64) i32 sums[32 * 32];
+        const i64 rows = std::min<i64>(32, in - c), ld = 4 * phase.depth;
+        for (i64 first = begin; first < end; first += 2) {
+          const int vectors = first + 1 < end ? 2 : 1;
+          const Rows a{left + c * ld, ld, BYTES, TILE * ld};
+          const Columns b{column(first), padded.plane, vectors > 1 ? column(first + 1) - column(first) : 0};
+          with_registers(rows, 16 * vectors, [&](auto m, auto v) {
+            sum_tiles_at<m.value, v.value>(a, b, phase.offsets.data(), (i64)phase.offsets.size(), sums);
+          });
+          finish(c, rows, first, vectors, sums, 32);
+        }
+      }
+#endif
+      for (i64 c = 0; !weights.tiles && c < in; c += ROWS) {
         const int rows = (int)std::min<i64>(ROWS, in - c);
         const u8 *row[ROWS];
         for (int m = 0; m < rows; m++) row[m] = left + (c + m) * phase.depth * 4;
-        for (i64 first = begin; first < std::min(samples * each, begin + VECTORS); first += 4) {
-          const int vectors = (int)std::min({(i64)4, samples * each - first});
-          const u8 *column[4];
-          for (int v = 0; v < vectors; v++) column[v] = right + (first + v) / each * apart + (first + v) % each * 64;
+        for (i64 first = begin; first < end; first += 4) {
+          const int vectors = (int)std::min<i64>(4, end - first);
+          const u8 *columns[4];
+          for (int v = 0; v < vectors; v++) columns[v] = column(first + v);
           i32 sums[ROWS * WIDE];
-          dots<false>(rows, vectors, row, column, phase.offsets.data(), 0, phase.depth, sums);
-          for (int m = 0; m < rows; m++) {
-            const v16 zero = v16{} + 128 * weights.sums[(group * phases + f) * in + c + m];
-            for (int v = 0; v < vectors; v++) {
-              const i64 s = (first + v) / each, at = (first + v) % each * 16;
-              const v16 sum = load<v16>(sums + m * WIDE + 16 * v) - zero;
-              const f16 value = __builtin_convertvector(sum, f16) * column_steps[c + m] * steps[s];
-              if (!direct) store(plane + (c + m) * line + (first + v) * 16, value);
-              else if (flat - at >= 16) store(out + (s * p.c + c + m) * area + at, value);
-              else std::memcpy(out + (s * p.c + c + m) * area + at, &value, (flat - at) * sizeof(float));
-            }
-          }
+          dots<false>(rows, vectors, row, columns, phase.offsets.data(), 0, phase.depth, sums);
+          finish(c, rows, first, vectors, sums, WIDE);
         }
       }
+    }
     if (direct) continue;
     for (i64 s = 0; s < samples; s++)
       for (i64 c = 0; c < in; c++)
@@ -423,15 +453,15 @@ void interleave(const u8 *codes, i64 ld, i64 count, const Axis &y, const Axis &x
 }
 
 // Four channels of codes as columns of the right operand of grad_weight: signed, four positions of a line at a time.
-void as_columns(const u8 *codes, i64 ld, i64 count, const Axis &y, const Axis &x, u8 *to, i64 step) {
+void as_columns(const u8 *codes, i64 ld, i64 count, i64 lines, i64 length, u8 *to, i64 step) {
   typedef u32 w4 __attribute__((vector_size(16)));
-  for (i64 r = 0; r < y.out; r++)
-    for (i64 k = 0; k < x.out; k += 16) {
+  for (i64 r = 0; r < lines; r++)
+    for (i64 k = 0; k < length; k += 16) {
       w4 a[4], b[4];
       for (i64 m = 0; m < 4; m++) {
-        b16 bytes = load<b16>(codes + std::min(m, count - 1) * ld + r * x.out + k) ^ 0x80;
-        if (x.out - k < 16)
-          for (int l = 0; l < 16; l++) bytes[l] = l < x.out - k ? bytes[l] : 0;
+        b16 bytes = load<b16>(codes + std::min(m, count - 1) * ld + r * length + k) ^ 0x80;
+        if (length - k < 16)
+          for (int l = 0; l < 16; l++) bytes[l] = l < length - k ? bytes[l] : 0;
         std::memcpy(a + m, &bytes, 16);
       }
       for (int h = 0; h < 2; h++) {
@@ -440,7 +470,7 @@ void as_columns(const u8 *codes, i64 ld, i64 count, const Axis &y, const Axis &x
       }
       const w4 words[4] = {__builtin_shuffle(b[0], b[2], w4{0, 1, 4, 5}), __builtin_shuffle(b[0], b[2], w4{2, 3, 6, 7}),
                            __builtin_shuffle(b[1], b[3], w4{0, 1, 4, 5}), __builtin_shuffle(b[1], b[3], w4{2, 3, 6, 7})};
-      for (i64 w = 0; w < 4 && k + 4 * w < x.out; w++, to += step) store(to, words[w]);
+      for (i64 w = 0; w < 4 && k + 4 * w < length; w++, to += step) store(to, words[w]);
     }
 }
 
@@ -452,51 +482,60 @@ bool convolve(const Convolution &p) {
   const T *g = (const T *)p.g, *x = (const T *)p.x;
   const bool below = p.w != nullptr, at_weight = x != nullptr || p.codes != nullptr;
   const i64 in = p.c / p.groups, out = p.o / p.groups, area = p.y.kernel * p.x_axis.kernel;
-  const i64 positions = p.y.out * p.x_axis.out, size = p.y.in * p.x_axis.in, together = p.samples_of_block();
-  const i64 steps = p.y.out * up(p.x_axis.out, 4) / 4, wide = up(out, 16);
+  const i64 positions = p.y.out * p.x_axis.out, size = p.y.in * p.x_axis.in, together = p.samples_of_block(), wide = up(out, 16);
   const Padded padded(p.y, p.x_axis);
   const Image image(p.y, p.x_axis);
   Weights weights;
+  // The contraction of grad_weight runs over the lines of the cotangent; with tiles, over one line that holds them all, with zeros
+  // where the image has more columns: so it lies side by side for each tap, and for all samples if they have no gaps.
+  const bool tiles = at_weight && with_tiles() && in >= 8 && out >= 16;
+  const i64 lines_of = tiles ? 1 : p.y.out, length = tiles ? (p.y.out - 1) * image.width + p.x_axis.out : p.x_axis.out;
+  const bool gaps = tiles && length != positions;
+  [[maybe_unused]] const bool joined = tiles && image.bytes == length && length % 4 == 0;
   if (below) round_weight<T>(p, padded, weights);
 
-  const i64 of_image = p.c * image.bytes, of_right = together * steps * 4 * wide;  // the latter: for a block and group
-  const i64 of_block = together * of_image + p.groups * of_right;
+  const i64 steps = lines_of * up(length, 4) / 4, of_right = together * steps * 4 * wide;  // the latter: for a block and group
+  const i64 of_channel = together * image.bytes, of_images = p.c * of_channel;             // samples of a channel side by side
+  const i64 of_block = of_images + p.groups * of_right;
   const i64 all = (p.n + together - 1) / together;
   const i64 chunk = std::min(all, std::max<i64>(p.threads, (2 << 20) / of_block));
   const i64 of_sum = area * in * wide;
-  if (at_weight && !scratch.reserve(chunk * (of_block + (p.groups * wide + p.c + p.groups * wide) * 4) + p.groups * of_sum * 4 + 8192))
+  if (at_weight && !scratch.reserve(chunk * (of_block + (p.groups * wide + p.c + p.groups * wide) * 4) + p.groups * of_sum * 4 + 32 * of_channel + 8192))
     return false;
   u8 *images = nullptr, *rights = nullptr;
   float *g_steps = nullptr, *x_steps = nullptr, *total = nullptr;
   i32 *g_sums = nullptr;
   std::vector<i32> offsets;  // of the steps of a block, in its images
   if (at_weight) {
-    images = scratch.take<u8>(chunk * together * of_image + 64);
+    images = scratch.take<u8>(chunk * of_images + 32 * of_channel + 64);  // registers read whole rows
     rights = scratch.take<u8>(chunk * p.groups * of_right);
     g_steps = scratch.take<float>(chunk * p.groups * wide), x_steps = scratch.take<float>(chunk * p.c);
     g_sums = scratch.take<i32>(chunk * p.groups * wide);
     total = scratch.take<float>(p.groups * of_sum);
     for (i64 s = 0; s < together; s++)
       for (i64 r = 0; r < p.y.out; r++)
-        for (i64 k = 0; k < p.x_axis.out; k += 4) offsets.push_back((i32)(s * of_image + r * p.y.stride * image.line + k));
+        for (i64 k = 0; k < p.x_axis.out; k += 4) offsets.push_back((i32)(s * image.bytes + r * image.width + k));
   }
   bool enough = true;
 
 #pragma omp parallel num_threads(p.threads)
   {
     static thread_local Scratch own;
-    const i64 ld = up(positions, 16) + 32, fours = up(out, 4) / 4;
+    const Tiles registers(tiles || (below && weights.tiles));
+    const i64 ld = up(std::max(positions, length), 16) + 32, fours = up(out, 4) / 4;
     i64 plane = 0;
     for (const Phase &phase : weights.phases) plane = std::max(plane, in * together * up(phase.rows * padded.width, 16));
     const i64 apart = fours * padded.plane;  // between the cotangents of two samples
-    const bool mine = own.reserve(8 * ld + up(size, 16) + 64 + together * apart + plane * 4 + together * (p.o + p.c + 1) * 4 + 4096);
+    const bool mine = own.reserve(12 * ld + up(size, 16) + 64 + together * apart + TILE * padded.plane + plane * 4 + together * (p.o + p.c + 1) * 4 + 4096);
     if (!mine) {
 #pragma omp atomic write
       enough = false;
     }
 #pragma omp barrier
     if (enough) {
-      u8 *lines = own.take<u8>(8 * ld), *line = own.take<u8>(up(size, 16) + 64), *codes = own.take<u8>(together * apart);
+      u8 *lines = own.take<u8>(8 * ld), *gapped = own.take<u8>(4 * ld), *line = own.take<u8>(up(size, 16) + 64);
+      u8 *codes = own.take<u8>(together * apart + TILE * padded.plane);  // registers read whole rows
+      std::memset(gapped, 128, 4 * ld);
       float *result = own.take<float>(plane);
       i32 *g_most = own.take<i32>(together * p.o), *x_most = own.take<i32>(p.c);
       float *steps_of = own.take<float>(together);
@@ -510,7 +549,7 @@ bool convolve(const Convolution &p) {
             for (i64 c = 0; c < p.c; c++) {
               const i64 row = (first + s) * p.c + c;
               if (p.codes) {
-                fill_image(p.codes + row * size, p.y, p.x_axis, image, images + (b * together + s) * of_image + c * image.bytes);
+                fill_image(p.codes + row * size, p.y, p.x_axis, image, images + b * of_images + c * of_channel + s * image.bytes);
                 x_steps[b * p.c + c] = p.steps[(start + b) * p.c + c];
               } else {
                 const i32 most = largest_of(x + row * size, size);
@@ -523,7 +562,7 @@ bool convolve(const Convolution &p) {
             for (i64 s = 0; s < samples; s++) {
               const i64 row = (first + s) * p.c + c;
               round_line<false>(x + row * size, size, row, p.keys[2], &rate, line);
-              fill_image(line, p.y, p.x_axis, image, images + (b * together + s) * of_image + c * image.bytes);
+              fill_image(line, p.y, p.x_axis, image, images + b * of_images + c * of_channel + s * image.bytes);
             }
           }
           for (i64 group = 0; group < p.groups; group++) {
@@ -547,8 +586,11 @@ bool convolve(const Convolution &p) {
                   i32 &sums = g_sums[number * wide + 4 * four + m];
                   sums = s == 0 ? sum : sums + sum;
                 }
+                for (i64 m = 0; gaps && m < many; m++)
+                  for (i64 r = 0; r < p.y.out; r++)
+                    std::memcpy(gapped + m * ld + r * image.width, lines + (4 + m) * ld + r * p.x_axis.out, p.x_axis.out);
                 if (at_weight)
-                  as_columns(lines + 4 * ld, ld, many, p.y, p.x_axis,
+                  as_columns(gaps ? gapped : lines + 4 * ld, ld, many, lines_of, length,
                              rights + number * of_right + panel * together * steps * 4 + s * steps * 4 * width + (4 * four - panel) * 4,
                              4 * width);
                 if (below) interleave(lines, ld, many, p.y, p.x_axis, padded, codes + s * apart + four * padded.plane);
@@ -559,7 +601,41 @@ bool convolve(const Convolution &p) {
                        result);
           }
         }
-        if (at_weight) {
+#if WITH_TILES
+        if (tiles) {
+          const i64 pieces = (in + 31) / 32;
+#pragma omp for schedule(static)
+          for (i64 t = 0; t < p.groups * area * pieces; t++) {
+            const i64 group = t / (area * pieces), tap = t / pieces % area, c = t % pieces * 32, rows = std::min<i64>(32, in - c);
+            const i64 place = image.tap(p.y, p.x_axis, tap / p.x_axis.kernel, tap % p.x_axis.kernel);
+            alignas(64) i32 sums[32 * 32];
+            for (i64 panel = 0; panel < out; panel += WIDE)
+              for (i64 j = 0, width = width_of(out, panel); j < width; j += 32)
+                for (i64 b = 0; b < blocks; b++) {
+                  const i64 samples = std::min(together, p.n - (start + b) * together), number = b * p.groups + group;
+                  const u8 *row = images + b * of_images + (group * in + c) * of_channel + place;
+                  const u8 *right = rights + number * of_right + panel * together * steps * 4 + 4 * j;
+                  const i64 times = joined ? 1 : samples, depth = 4 * steps * (joined ? samples : 1);
+                  for (i64 s = 0; s < times; s++)
+                    with_registers(rows, width - j, [&](auto m, auto v) {
+                      sum_tiles<m.value, v.value>(Rows{row + s * image.bytes, of_channel, BYTES, TILE * of_channel},
+                                                  Columns{right + s * depth * width, 4 * width, 64}, depth, sums, s > 0);
+                    });
+                  const i64 at = number * wide + panel + j;
+                  for (i64 m = 0; m < rows; m++) {
+                    const float step = x_steps[b * p.c + group * in + c + m];
+                    float *to = total + group * of_sum + ((c + m) * area + tap) * wide + panel + j;
+                    for (i64 v = 0; v < std::min<i64>(32, width - j); v += 16) {
+                      const v16 sum = load<v16>(sums + 32 * m + v) - 128 * load<v16>(g_sums + at + v);
+                      const f16 value = __builtin_convertvector(sum, f16) * load<f16>(g_steps + at + v) * step;
+                      store(to + v, start + b > 0 ? load<f16>(to + v) + value : value);
+                    }
+                  }
+                }
+          }
+        }
+#endif
+        if (at_weight && !tiles) {
           const i64 pieces = (area * in + ROWS - 1) / ROWS;
 #pragma omp for schedule(static)
           for (i64 t = 0; t < p.groups * pieces; t++) {
@@ -573,8 +649,7 @@ bool convolve(const Convolution &p) {
                 const u8 *row[ROWS];
                 for (int m = 0; m < rows; m++) {
                   const i64 c = (r + m) / area, tap = (r + m) % area, i = tap / p.x_axis.kernel, j = tap % p.x_axis.kernel;
-                  row[m] = images + b * together * of_image + (group * in + c) * image.bytes + i * p.y.dilation * image.line +
-                           image.column(p.x_axis, j * p.x_axis.dilation);
+                  row[m] = images + b * of_images + (group * in + c) * of_channel + image.tap(p.y, p.x_axis, i, j);
                 }
                 const u8 *column[4], *right = rights + number * of_right + panel * together * steps * 4;
                 for (int v = 0; v < 4; v++) column[v] = right + 64 * v;

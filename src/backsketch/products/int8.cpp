@@ -19,6 +19,14 @@ extern "C" {
 
 int backsketch_int8_is_fast() { return WITH_VNNI; }
 
+// Allow or forbid matrix registers; whether they are used from now on.
+int backsketch_int8_tiles([[maybe_unused]] int wanted) {
+#if WITH_TILES
+  tiles_are_wanted() = wanted != 0;
+#endif
+  return with_tiles();
+}
+
 // See products/native.py. `keys`: eight words. `is_bfloat`: g, x and w are bfloat16, else float32. 0: no memory.
 int backsketch_int8_vjps(const void *g, const void *x, const void *w, const u8 *codes, const float *stats, i64 n, i64 o, i64 j,
                           const u32 *keys, int is_bfloat, float *grad_input, float *grad_weight, float *grad_bias,

@@ -12,7 +12,7 @@
 
 #pragma once
 
-#include "codes.h"
+#include "tiles.h"
 
 namespace {
 
@@ -20,63 +20,91 @@ namespace {
 // Rounding
 // --------------------------------------------------------------------------------------------------------------
 
+// The loops over what a line holds are unrolled, so that it lives in registers.
+#define EACH_OF(name, count) _Pragma("GCC unroll 4") for (int name = 0; name < (count); name++)
+
+// 32 columns of up to four rows of G: codes to `flat` and, four rows interleaved, to `panels`.
+template <bool WHOLE, class T>
+inline void round_rows_at(i64 c, const T *g, i64 columns, i64 row, int count, i64 words, Key key, const f16 *rates, u8 *flat, i64 ld,
+                          u8 *panels, i64 panel, float *sums) {
+  const int rows = WHOLE ? 4 : count;
+  const i64 left[2] = {columns - c, columns - c - 16};
+  v16 packed[2] = {};
+  f16 sum[2] = {};
+  EACH_OF(r, rows) {
+    const T *from = g + r * columns + c;
+    if (WHOLE) fetch(from + 4 * columns), fetch(from + 4 * columns + 16);  // the next four, while these are rounded
+    const w16 bits = mix((w16)iota() + (u32)((row + r) * words + c / 2), key);
+    EACH_OF(h, 2) {
+      const f16 x = WHOLE ? floats(from + 16 * h) : some_floats(from + 16 * h, left[h]);
+      const v16 code = rounded(x, rates[r], (v16)(h ? bits >> 16 : bits & 0xffff));
+      if (flat) store(flat + r * ld + c + 16 * h, __builtin_convertvector(code, b16));
+      packed[h] |= code << (int)(8 * r);
+      sum[h] += x;
+    }
+  }
+  EACH_OF(h, 2) {
+    if (!WHOLE && left[h] <= 0) break;
+    if (panels) store(panels + (c / 16 + h) * panel, packed[h]);
+    if (sums) store(sums + c + 16 * h, load<f16>(sums + c + 16 * h) + sum[h]);
+  }
+}
+
 // Four rows of G, rounded by row: row by row to `flat`, and transposed to panels of LEFT columns at `panels`.
 template <class T>
-void round_rows(const T *g, i64 columns, i64 row, i64 count, Key key, float *steps, u8 *flat, i64 ld, u8 *panels, i64 panel,
+void round_rows(const T *g, i64 columns, i64 row, int count, Key key, float *steps, u8 *flat, i64 ld, u8 *panels, i64 panel,
                 float *sums) {
   const i64 words = up(columns, 32) / 2;
   f16 rates[4];
-  for (i64 r = 0; r < 4; r++) {
+  for (int r = 0; r < 4; r++) {
     v16 most = {};
     if (r < count) {
       const T *from = g + r * columns;
+      v16 other = {};
       i64 c = 0;
-      for (; c + 16 <= columns; c += 16) most = larger(most, magnitude(floats(from + c)));
-      if (c < columns) most = larger(most, magnitude(some_floats(from + c, columns - c)));
+      for (; c + 32 <= columns; c += 32) {
+        most = larger(most, magnitude(floats(from + c)));
+        other = larger(other, magnitude(floats(from + c + 16)));
+      }
+      most = larger(most, other);
+      for (; c < columns; c += 16) most = larger(most, magnitude(some_floats(from + c, columns - c)));
     }
     float rate;
     scale_of(largest_of(most), steps[r], rate);
     rates[r] = f16{} + rate;
   }
-  for (i64 c = 0; c < columns; c += 32) {
-    const i64 left[2] = {columns - c, columns - c - 16};
-    v16 packed[2] = {};
-    f16 sum[2] = {};
-    for (i64 r = 0; r < count; r++) {
-      const T *from = g + r * columns + c;
-      const w16 bits = mix((w16)iota() + (u32)((row + r) * words + c / 2), key);
-      for (int h = 0; h < 2; h++) {
-        const f16 x = left[h] >= 16 ? floats(from + 16 * h) : some_floats(from + 16 * h, left[h]);
-        const v16 code = rounded(x, rates[r], (v16)(h ? bits >> 16 : bits & 0xffff));
-        if (flat) store(flat + r * ld + c + 16 * h, __builtin_convertvector(code, b16));
-        packed[h] |= code << (int)(8 * r);
-        sum[h] += x;
-      }
-    }
-    for (int h = 0; h < 2 && left[h] > 0; h++) {
-      if (panels) store(panels + (c / 16 + h) * panel, packed[h]);
-      if (sums) store(sums + c + 16 * h, load<f16>(sums + c + 16 * h) + sum[h]);
-    }
-  }
+  i64 c = 0;
+  for (; count == 4 && c + 32 <= columns; c += 32)
+    round_rows_at<true>(c, g, columns, row, 4, words, key, rates, flat, ld, panels, panel, sums);
+  for (; c < columns; c += 32) round_rows_at<false>(c, g, columns, row, count, words, key, rates, flat, ld, panels, panel, sums);
 }
 
-// A block of rows by column, each row times its factor: codes in panels of `width` columns, four rows interleaved.
-// `left`: as unsigned bytes without sums, for a transposed left operand.
-template <class T>
-void round_columns(const T *x, i64 ld, i64 columns, i64 first, i64 width, i64 row, i64 rows, const float *factors, Key key, u8 *out,
-                   i64 bytes, float *steps, float *sums, bool left) {
-  const i64 words = up(columns, 32) / 2, wide = std::min(width, up(columns - first, 16));
-  const int vectors = (int)(wide / 16);
-  v16 most[4] = {};
-  for (i64 r = 0; r < rows; r++)
-    for (int v = 0; v < vectors; v++) {
-      const i64 c = first + 16 * v;
-      f16 value = columns - c >= 16 ? floats(x + r * ld + c) : some_floats(x + r * ld + c, columns - c);
-      if (factors) value *= factors[r];
-      most[v] = larger(most[v], magnitude(value));
+// Where the codes of a panel go: four rows interleaved, `line` bytes from one four to the next and `apart` bytes from 16 columns to
+// the next. Unsigned for a left operand, signed for a right one.
+struct Out {
+  u8 *codes;
+  i64 line, apart;
+  bool left;
+};
+
+template <class T, int V, bool FACTORS>
+void round_panel(const T *x, i64 ld, i64 columns, i64 first, i64 row, i64 rows, const float *factors, Key key, Out out, float *steps,
+                 float *sums) {
+  const i64 words = up(columns, 32) / 2;
+  // A panel may begin in the middle of the 32 columns that share random words.
+  const bool odd = V == 1 && (first / 16) & 1;
+  const auto value = [&](i64 r, int v) {
+    const i64 c = first + 16 * v;
+    const f16 entry = columns - c >= 16 ? floats(x + r * ld + c) : some_floats(x + r * ld + c, columns - c);
+    return FACTORS ? entry * factors[r] : entry;
+  };
+  v16 most[V] = {};
+  for (i64 r = 0; r < rows; r++) EACH_OF(v, V) {
+      fetch(x + (r + 8) * ld + first + 16 * v);
+      most[v] = larger(most[v], magnitude(value(r, v)));
     }
-  f16 rates[4];
-  for (int v = 0; v < vectors; v++) {
+  f16 rates[V];
+  EACH_OF(v, V) {
     float step[16];
     for (int l = 0; l < 16; l++) {
       float rate;
@@ -86,37 +114,52 @@ void round_columns(const T *x, i64 ld, i64 columns, i64 first, i64 width, i64 ro
     const i64 c = first + 16 * v;
     std::memcpy(steps + c, step, std::min<i64>(16, columns - c) * sizeof(float));
   }
-  v16 total[4] = {};
-  for (i64 k = 0; k < rows; k += 4) {
-    v16 packed[4] = {};
-    for (i64 r = 0; r < 4 && k + r < rows; r++) {
-      const T *from = x + (k + r) * ld;
-      for (int v = 0; v < vectors; v += 2) {
-        const w16 bits = mix((w16)iota() + (u32)((row + k + r) * words + (first + 16 * v) / 32 * 16), key);
-        const bool odd = (first / 16) & 1;  // panels of 16 columns share words with their neighbours
-        for (int h = 0; h < 2 && v + h < vectors; h++) {
-          const i64 c = first + 16 * (v + h);
-          f16 value = columns - c >= 16 ? floats(from + c) : some_floats(from + c, columns - c);
-          if (factors) value *= factors[k + r];
-          const v16 code = rounded(value, rates[v + h], (v16)(h != odd ? bits >> 16 : bits & 0xffff));
-          packed[v + h] |= code << (int)(8 * r);
-          total[v + h] += code - 128;
+  v16 total[V] = {};
+  const v16 sign = (v16)((w16){} + (out.left ? 0 : 0x80808080u));
+  const auto four = [&](i64 k, int count) __attribute__((always_inline)) {
+    v16 packed[V] = {};
+    EACH_OF(r, count) {
+      const u32 at = (u32)((row + k + r) * words + first / 32 * 16);
+      EACH_OF(pair, (V + 1) / 2) {
+        const w16 bits = mix((w16)iota() + (at + 16 * pair), key);
+        EACH_OF(h, 2) {
+          const int v = 2 * pair + h;
+          if (v >= V) break;
+          const v16 code = rounded(value(k + r, v), rates[v], (v16)(h || odd ? bits >> 16 : bits & 0xffff));
+          packed[v] |= code << (int)(8 * r);
+          total[v] += code;
         }
       }
     }
     // Rows beyond the last are code 0 of a right operand; what they are on the left does not matter then.
     v16 beyond = {};
-    for (i64 r = rows - k; r < 4; r++) beyond |= 128 << (int)(8 * r);
-    for (int v = 0; v < vectors; v++) {
-      const v16 codes = left ? packed[v] : (packed[v] | beyond) ^ (v16)((w16){} + 0x80808080u);
-      store(out + k / 4 * bytes + 64 * v, codes);
-    }
+    for (int r = count; r < 4; r++) beyond |= 128 << (int)(8 * r);
+    EACH_OF(v, V) store(out.codes + k / 4 * out.line + v * out.apart, (packed[v] | beyond) ^ sign);
+  };
+  i64 k = 0;
+  for (; k + 4 <= rows; k += 4) four(k, 4);
+  if (k < rows) four(k, (int)(rows - k));
+  if (sums) EACH_OF(v, V) {
+    const i64 c = first + 16 * v;
+    for (i64 l = 0; l < std::min<i64>(16, columns - c); l++) sums[c + l] = (float)(total[v][l] - 128 * (i32)rows);
   }
-  if (sums)
-    for (int v = 0; v < vectors; v++) {
-      const i64 c = first + 16 * v;
-      for (i64 l = 0; l < std::min<i64>(16, columns - c); l++) sums[c + l] = (float)total[v][l];
-    }
+}
+
+// A block of rows by column, each row times its factor: codes in a panel of up to RIGHT columns.
+template <class T>
+void round_columns(const T *x, i64 ld, i64 columns, i64 first, i64 row, i64 rows, const float *factors, Key key, Out out, float *steps,
+                   float *sums) {
+  const auto as = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    factors ? round_panel<T, V, true>(x, ld, columns, first, row, rows, factors, key, out, steps, sums)
+            : round_panel<T, V, false>(x, ld, columns, first, row, rows, factors, key, out, steps, sums);
+  };
+  switch (std::min(RIGHT, up(columns - first, 16)) / 16) {
+    case 4: return as(std::integral_constant<int, 4>());
+    case 3: return as(std::integral_constant<int, 3>());
+    case 2: return as(std::integral_constant<int, 2>());
+    default: return as(std::integral_constant<int, 1>());
+  }
 }
 
 // --------------------------------------------------------------------------------------------------------------
@@ -216,8 +259,59 @@ inline void tile_of(int vectors, const Left &a, i64 i, const Right &b, i64 first
   }
 }
 
+#if WITH_TILES
+
+// 32 columns of sums become floats: minus what the 128 of the left operand added, times the steps, added to `c` or put there.
+template <bool STEPS, bool ADD>
+void scale_sums(const i32 *sums, i64 rows, const Right &b, i64 first, const float *steps_of, float *c, i64 ld) {
+  __mmask16 masks[2];
+  __m512i zeros[2];
+  __m512 steps[2];
+  EACH_OF(v, 2) {
+    const i64 at = first + 16 * v, many = std::clamp<i64>(b.columns - at, 0, 16);
+    masks[v] = (__mmask16)((1u << many) - 1);
+    zeros[v] = _mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_maskz_loadu_ps(masks[v], b.sums + at)), 7);
+    steps[v] = _mm512_maskz_loadu_ps(masks[v], b.steps + at);
+  }
+  for (i64 m = 0; m < rows; m++, c += ld, sums += 32) EACH_OF(v, 2) {
+      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums + 16 * v), zeros[v])), steps[v]);
+      if (STEPS) value = _mm512_mul_ps(value, _mm512_set1_ps(steps_of[m]));
+      if (ADD) value = _mm512_add_ps(_mm512_maskz_loadu_ps(masks[v], c + 16 * v), value);
+      _mm512_mask_storeu_ps(c + 16 * v, masks[v], value);
+    }
+}
+
+// The same in matrix registers, 32 x 32 sums at a time, up to GROUP rows and 64 columns. Panels of `a` are squares: 16 rows of 64 terms
+// each. 32 columns of 1,024 terms stay in the first cache while the rows pass.
+void multiply_tiles(const Left &a, i64 begin, i64 end, const Right &b, i64 first, float *c, i64 ld, bool add) {
+  constexpr i64 TERMS = 1024;
+  alignas(64) i32 sums[GROUP * 32];
+  const i64 width = b.width(first), stride = 4 * width;
+  for (i64 j = 0; j < width; j += 32)
+    for (i64 k = 0; k < b.depth; k += TERMS) {
+      const u8 *right = b.panel(first) + k * width + 4 * j;
+      const i64 terms = std::min(TERMS, b.depth - k);
+      for (i64 i = begin; i < end; i += 32) {
+        const i64 rows = std::min<i64>(32, end - i);
+        const Rows left = a.ld ? Rows{a.base + i * a.ld + k, a.ld, BYTES, TILE * a.ld}
+                               : Rows{a.base + i / LEFT * a.panel + k * TILE, 64, SQUARE, a.panel};
+        i32 *here = sums + (i - begin) * 32;
+        for (i64 m = i + 32; k + terms == b.depth && m < std::min(end, i + 64); m++)
+          EACH_OF(v, 2) fetch<true>(c + (m - begin) * ld + first + j + 16 * v);
+        with_registers(rows, width - j, [&](auto m, auto v) { sum_tiles<m.value, v.value>(left, Columns{right, stride, 64}, terms, here, k > 0); });
+        if (k + terms < b.depth) continue;
+        float *to = c + (i - begin) * ld + first + j;
+        const float *steps = a.steps ? a.steps + i : nullptr;
+        if (steps) add ? scale_sums<true, true>(here, rows, b, first + j, steps, to, ld) : scale_sums<true, false>(here, rows, b, first + j, steps, to, ld);
+        else add ? scale_sums<false, true>(here, rows, b, first + j, steps, to, ld) : scale_sums<false, false>(here, rows, b, first + j, steps, to, ld);
+      }
+    }
+}
+
+#endif
+
 // Rows begin .. end of a product, at most ROWS at a time; `c` is the row `begin` of the result.
-void multiply(const Left &a, i64 begin, i64 end, const Right &b, i64 first, float *c, i64 ld, bool add) {
+void multiply_vectors(const Left &a, i64 begin, i64 end, const Right &b, i64 first, float *c, i64 ld, bool add) {
   const int vectors = (int)(b.width(first) / 16);
   for (i64 i = begin; i < end;) {
     const i64 rows = std::min<i64>(ROWS, end - i);
@@ -232,6 +326,20 @@ void multiply(const Left &a, i64 begin, i64 end, const Right &b, i64 first, floa
     }
     i += rows;
   }
+}
+
+// Whole panels of the left operand are transposed where tiles are used: 16 rows of 64 terms each, not 16 terms of 16 rows.
+inline void multiply([[maybe_unused]] bool tiles, const Left &a, i64 begin, i64 end, const Right &b, i64 first, float *c, i64 ld, bool add) {
+#if WITH_TILES
+  if (tiles) return multiply_tiles(a, begin, end, b, first, c, ld, add);
+#endif
+  multiply_vectors(a, begin, end, b, first, c, ld, add);
+}
+
+inline void into_squares([[maybe_unused]] u8 *panel, [[maybe_unused]] i64 rows) {
+#if WITH_TILES
+  for (i64 k = 0; k < rows; k += BYTES, panel += SQUARE) transpose(panel);
+#endif
 }
 
 struct Problem {
@@ -270,8 +378,11 @@ bool run(const Problem &p) {
   const i64 all = (p.n + BLOCK - 1) / BLOCK;
   float *partial = p.grad_bias ? scratch.take<float>(all * lines) : nullptr;
 
+  const bool tiles = with_tiles();
+  const i64 group = tiles ? std::clamp<i64>(chunk / p.threads / 32 * 32, 32, GROUP) : 96;
 #pragma omp parallel num_threads(p.threads)
   {
+    const Tiles registers(tiles);
     if (partial) {
 #pragma omp for schedule(static)
       for (i64 b = 0; b < all; b++) std::fill(partial + b * lines, partial + (b + 1) * lines, 0.0f);
@@ -283,9 +394,8 @@ bool run(const Problem &p) {
         const i64 width = std::min(RIGHT, up(p.j - first, 16));
         // The panel of a block begins at block * DEPTH * wide + first * (depth of the block).
         std::vector<u8> codes(up(p.o, 4) * width);
-        std::vector<float> unused(p.j);
-        round_columns<T>(w, p.j, p.j, first, RIGHT, 0, p.o, nullptr, p.keys[1], codes.data(), 4 * width, weight_steps, unused.data(),
-                         false);
+        round_columns<T>(w, p.j, p.j, first, 0, p.o, nullptr, p.keys[1], Out{codes.data(), 4 * width, 64, false}, weight_steps,
+                         nullptr);
         for (i64 d = 0; d < depths; d++) {
           const i64 begin = d * DEPTH, depth = std::min(DEPTH, up(p.o, 4) - begin);
           const u8 *from = codes.data() + begin * width;
@@ -303,12 +413,15 @@ bool run(const Problem &p) {
       const bool by_row = below || fresh || partial;
       if (by_row) {
 #pragma omp for schedule(static)
-        for (i64 b = 0; b < here; b++)
+        for (i64 b = 0; b < here; b++) {
           for (i64 r = b * BLOCK; r < std::min(rows, (b + 1) * BLOCK); r += 4)
-            round_rows<T>(g + (start + r) * p.o, p.o, start + r, std::min<i64>(4, rows - r), p.keys[0], steps + r,
+            round_rows<T>(g + (start + r) * p.o, p.o, start + r, (int)std::min<i64>(4, rows - r), p.keys[0], steps + r,
                           below ? flat + r * ld : nullptr, ld,
                           fresh ? panels + b * left_block + (r - b * BLOCK) / 4 * 64 : nullptr, panel,
                           partial ? partial + (start / BLOCK + b) * lines : nullptr);
+          for (i64 t = 0; tiles && fresh && t < tall / LEFT; t++)
+            into_squares(panels + b * left_block + t * panel, std::min(BLOCK, rows - b * BLOCK));
+        }
       }
       if (fresh) {
         // Rows are scaled relative to the largest of their block, whose step comes back with the columns' ones.
@@ -324,41 +437,44 @@ bool run(const Problem &p) {
         for (i64 t = 0; t < here * count; t++) {
           const i64 b = t / count, first = t % count * RIGHT, from = b * BLOCK, many = std::min(BLOCK, rows - from);
           const i64 width = std::min(RIGHT, up(p.j - first, 16));
-          round_columns<T>(x + (start + from) * p.j, p.j, p.j, first, RIGHT, start + from, many, factors + from, p.keys[2],
-                           right + b * BLOCK * wide + first * up(many, 4), 4 * width, right_steps + b * wide,
-                           right_sums + b * wide, false);
+          const Out out{right + b * BLOCK * wide + first * up(many, 4), 4 * width, 64, false};
+          round_columns<T>(x + (start + from) * p.j, p.j, p.j, first, start + from, many, factors + from, p.keys[2], out,
+                           right_steps + b * wide, right_sums + b * wide);
           float largest = 0;
           for (i64 r = from; r < from + many; r++) largest = steps[r] > largest || steps[r] != steps[r] ? steps[r] : largest;
           for (i64 c = first; c < std::min(p.j, first + RIGHT); c++) right_steps[b * wide + c] *= largest;
         }
       }
       if (kept) {
-        const i64 count = tall / LEFT;
+        const i64 count = (p.o + RIGHT - 1) / RIGHT;
 #pragma omp for schedule(static)
         for (i64 t = 0; t < here * count; t++) {
-          const i64 b = t / count, first = t % count * LEFT, from = b * BLOCK, many = std::min(BLOCK, rows - from);
-          round_columns<T>(g + (start + from) * p.o, p.o, p.o, first, LEFT, start + from, many, nullptr, p.keys[3],
-                           panels + b * left_block + t % count * panel, 64, left_steps + b * tall, nullptr, true);
+          const i64 b = t / count, first = t % count * RIGHT, from = b * BLOCK, many = std::min(BLOCK, rows - from);
+          u8 *to = panels + b * left_block + first / LEFT * panel;
+          round_columns<T>(g + (start + from) * p.o, p.o, p.o, first, start + from, many, nullptr, p.keys[3], Out{to, 64, panel, true},
+                           left_steps + b * tall, nullptr);
+          for (i64 c = first; tiles && c < std::min(p.o, first + RIGHT); c += LEFT, to += panel) into_squares(to, many);
         }
       }
       if (below) {
 #pragma omp for schedule(static) nowait
-        for (i64 r = 0; r < rows; r += 96)
+        for (i64 r = 0; r < rows; r += group)
           for (i64 d = 0; d < depths; d++) {
             const i64 begin = d * DEPTH, depth = std::min(DEPTH, up(p.o, 4) - begin);
             const Left a{flat + begin, 4, ld, 0, steps};
             const Right b{weight + begin * wide, weight_steps, weight_sums + d * wide, p.j, depth};
             for (i64 first = 0; first < p.j; first += RIGHT)
-              multiply(a, r, std::min(rows, r + 96), b, first, p.grad_input + (start + r) * p.j, p.j, d > 0);
+              multiply(tiles, a, r, std::min(rows, r + group), b, first, p.grad_input + (start + r) * p.j, p.j, d > 0);
           }
       }
       if (fresh || kept) {
+        const i64 step = tiles ? 32 : ROWS, together = tiles ? here : 2;  // two fit into the first cache
 #pragma omp for schedule(static)
         for (i64 i = 0; i < p.o; i += 96)
-          for (i64 pair = 0; pair < here; pair += 2)  // more blocks at once would not fit into the first cache
+          for (i64 pair = 0; pair < here; pair += together)
           for (i64 first = 0; first < p.j; first += RIGHT)
-            for (i64 m = i; m < std::min(p.o, i + 96); m += ROWS)
-              for (i64 block = pair; block < std::min(here, pair + 2); block++) {
+            for (i64 m = i; m < std::min(p.o, i + 96); m += step)
+              for (i64 block = pair; block < std::min(here, pair + together); block++) {
                 const i64 number = start / BLOCK + block;
                 const Left a{panels + block * left_block, 64, 0, panel, kept ? left_steps + block * tall : nullptr};
                 const Right b =
@@ -366,7 +482,7 @@ bool run(const Problem &p) {
                                  p.stats + (number * 2 + 1) * p.j, p.j, depth_of(p.n, number)}
                          : Right{right + block * BLOCK * wide, right_steps + block * wide, right_sums + block * wide, p.j,
                                  up(std::min(BLOCK, rows - block * BLOCK), 4)};
-                multiply(a, m, std::min<i64>({m + ROWS, i + 96, p.o}), b, first, p.grad_weight + m * p.j, p.j, number > 0);
+                multiply(tiles, a, m, std::min<i64>({m + step, i + 96, p.o}), b, first, p.grad_weight + m * p.j, p.j, number > 0);
               }
       }
 #pragma omp barrier
@@ -390,9 +506,8 @@ void pack(const T *x, i64 n, i64 j, Key key, u8 *codes, float *stats, int thread
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (i64 t = 0; t < blocks * count; t++) {
     const i64 b = t / count, first = t % count * RIGHT, rows = std::min(BLOCK, n - b * BLOCK);
-    round_columns<T>(x + b * BLOCK * j, j, j, first, RIGHT, b * BLOCK, rows, nullptr, key,
-                     codes + b * BLOCK * wide + first * depth_of(n, b), 4 * std::min(RIGHT, up(j - first, 16)),
-                     stats + b * 2 * j, stats + (b * 2 + 1) * j, false);
+    const Out out{codes + b * BLOCK * wide + first * depth_of(n, b), 4 * std::min(RIGHT, up(j - first, 16)), 64, false};
+    round_columns<T>(x + b * BLOCK * j, j, j, first, b * BLOCK, rows, nullptr, key, out, stats + b * 2 * j, stats + (b * 2 + 1) * j);
   }
 }
 

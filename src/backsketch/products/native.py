@@ -28,6 +28,13 @@ class Kernels:
         self._library = compiled
         self.is_fast = bool(compiled.backsketch_int8_is_fast())
         """Whether the processor has the instructions that make integer products faster than float ones."""
+        self.with_tiles = self.use_tiles(True)
+        """Whether products run in the processor's matrix registers (AMX), several times as fast as in vectors."""
+
+    def use_tiles(self, wanted: bool) -> bool:
+        """Allow or forbid the matrix registers, in the whole process; whether they are used from now on."""
+        self.with_tiles = bool(self._library.backsketch_int8_tiles(int(wanted)))
+        return self.with_tiles
 
     def vjps(
         self,
@@ -148,8 +155,12 @@ def _threads(work: int) -> int:
 def library() -> Kernels | None:
     """The kernels, compiled and loaded if they are not; None where that is impossible or they compute wrongly."""
     compiled = SOURCE.library()
-    kernels = None if compiled is None else Kernels(compiled)
-    return kernels if kernels is not None and agrees(kernels) else None
+    if compiled is None:
+        return None
+    kernels = Kernels(compiled)
+    if agrees(kernels) or (kernels.with_tiles and not kernels.use_tiles(False) and agrees(kernels)):
+        return kernels
+    return None
 
 
 def agrees(kernels: Kernels) -> bool:
@@ -163,10 +174,10 @@ def agrees(kernels: Kernels) -> bool:
     cases = [(x, None), (None, kernels.pack(x, keys[2]))]
     geometry = Geometry((3, 2), (1, 2), (1, 0), (1, 1), (9, 12))
     extremes = (
-        torch.randint(2, (2 * 9 * (5 * 12 + 7 * 6) + 7 * 5 * 6,), generator=generator) * 2.0 - 1
+        torch.randint(2, (2 * 9 * (9 * 12 + 33 * 6) + 33 * 9 * 6,), generator=generator) * 2.0 - 1
     )
-    images, g4, w4 = extremes.split([2 * 5 * 9 * 12, 2 * 7 * 9 * 6, 7 * 5 * 6])
-    convolved = g4.view(2, 7, 9, 6), images.view(2, 5, 9, 12), w4.view(7, 5, 3, 2), None, keys
+    images, g4, w4 = extremes.split([2 * 9 * 9 * 12, 2 * 33 * 9 * 6, 33 * 9 * 6])
+    convolved = g4.view(2, 33, 9, 6), images.view(2, 9, 9, 12), w4.view(33, 9, 3, 2), None, keys
     pairs = [
         *zip(
             kernels.convolution_vjps(*convolved, geometry),
