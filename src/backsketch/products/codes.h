@@ -93,6 +93,18 @@ inline f16 floats(const Bfloat *x) {
 }
 
 // The first `count` of 16 entries, zeros after them.
+#if WITH_VNNI && defined(__AVX512VL__)
+
+inline __mmask16 mask_of(i64 count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+
+inline f16 some_floats(const float *x, i64 count) { return (f16)_mm512_maskz_loadu_ps(mask_of(count), x); }
+
+inline f16 some_floats(const Bfloat *x, i64 count) {
+  return (f16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_of(count), x)), 16);
+}
+
+#else
+
 template <class T>
 inline f16 some_floats(const T *x, i64 count) {
   if (count >= 16) return floats(x);
@@ -100,6 +112,12 @@ inline f16 some_floats(const T *x, i64 count) {
   if (count > 0) std::memcpy(part, x, count * sizeof(T));
   return floats(part);
 }
+
+#endif
+
+inline i32 magnitude_of(float x) { return load<i32>(&x) & 0x7fffffff; }
+
+inline i32 magnitude_of(Bfloat x) { return (i32)x.bits << 16 & 0x7fffffff; }
 
 // The magnitude's bits: as integers they are ordered, and Inf and NaN come last.
 inline v16 magnitude(f16 x) {

@@ -210,6 +210,22 @@ struct Image {
   }
 };
 
+// Whether a tap reads positions that are equal to `phase` modulo the stride.
+inline bool is_read(const Axis &a, i64 phase) {
+  for (i64 i = 0; i < a.kernel; i++)
+    if (i * a.dilation % a.stride == phase) return true;
+  return false;
+}
+
+inline void every_other(const u8 *from, i64 count, u8 *to) {
+  i64 k = 0;
+  for (; k + 16 < count; k += 16) {
+    const b16 low = load<b16>(from + 2 * k), high = load<b16>(from + 2 * k + 16);
+    store(to + k, __builtin_shuffle(low, high, b16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}));
+  }
+  for (; k < count; k++) to[k] = from[2 * k];
+}
+
 void fill_image(const u8 *codes, const Axis &y, const Axis &x, const Image &image, u8 *to) {
   if (!y.padding && !x.padding && y.stride == 1 && x.stride == 1 && image.height == y.in && image.width == x.in) {
     std::memcpy(to, codes, image.bytes);
@@ -218,7 +234,7 @@ void fill_image(const u8 *codes, const Axis &y, const Axis &x, const Image &imag
   std::memset(to, 128, image.bytes);
   for (i64 r = 0; r < image.height * y.stride; r++) {
     const i64 from = r - y.padding;
-    if (from < 0 || from >= y.in) continue;
+    if (from < 0 || from >= y.in || !is_read(y, r % y.stride)) continue;
     const u8 *line = codes + from * x.in;
     u8 *out = to + r % y.stride * x.stride * image.plane + r / y.stride * image.width;
     if (x.stride == 1) {
@@ -226,9 +242,13 @@ void fill_image(const u8 *codes, const Axis &y, const Axis &x, const Image &imag
       continue;
     }
     for (i64 q = 0; q < x.stride; q++) {
+      if (!is_read(x, q)) continue;
       const i64 first = std::max<i64>(0, (x.padding - q + x.stride - 1) / x.stride);
       const i64 last = std::min(image.width, (x.in - 1 + x.padding - q + x.stride) / x.stride);
-      for (i64 k = first; k < last; k++) out[q * image.plane + k] = line[k * x.stride + q - x.padding];
+      const u8 *read = line + first * x.stride + q - x.padding;
+      u8 *write = out + q * image.plane + first;
+      if (x.stride == 2) every_other(read, last - first, write);
+      else for (i64 k = 0; k < last - first; k++) write[k] = read[k * x.stride];
     }
   }
 }
@@ -284,7 +304,7 @@ void round_weight(const Convolution &p, const Padded &padded, Weights &weights) 
   for (i64 o = 0; o < p.o; o++)
     for (i64 c = 0; c < in; c++) {
       i32 &to = most[o / out * in + c];
-      to = std::max(to, largest_of(w + (o * in + c) * area, area));
+      for (i64 k = 0; k < area; k++) to = std::max(to, magnitude_of(w[(o * in + c) * area + k]));
     }
   for (i64 c = 0; c < p.c; c++) scale_of(most[c], weights.steps[c], rates[c]);
 
@@ -388,6 +408,8 @@ void input_of(const Convolution &p, const Padded &padded, const Weights &weights
           const int vectors = first + 1 < end ? 2 : 1;
           const Rows a{left + c * ld, ld, BYTES, TILE * ld};
           const Columns b{column(first), padded.plane, vectors > 1 ? column(first + 1) - column(first) : 0};
+          for (i64 next = first + 2; direct && next < std::min(first + 4, end); next++)
+            for (i64 m = 0; m < rows; m++) fetch<true>(out + (next / each * p.c + c + m) * area + next % each * 16);
           with_registers(rows, 16 * vectors, [&](auto m, auto v) {
             sum_tiles_at<m.value, v.value>(a, b, phase.offsets.data(), (i64)phase.offsets.size(), sums);
           });
