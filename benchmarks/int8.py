@@ -5,7 +5,7 @@
     python benchmarks/int8.py regions --threads 1 --out results/int8
 
 ``regions`` are the same models, each as one region. A layer's step is forward and backward; a model's step is
-forward, backward and AdamW.
+forward, backward and AdamW. ``bf16 autocast`` is the exact alternative with a rounded forward pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ MODEL_ARMS = [
     "quantized:bits=4",
     "int8:sketch=(quantized:bits=4)",
     "rows:keep=0.5",
+    "bf16 autocast",
+    "int8, bf16 autocast",
 ]
+LOW = "bf16 autocast"
 REGION_ARMS = [
     "int8",
     "region:keep=1.0,arithmetic=int8",
@@ -159,18 +162,23 @@ def models(repeats: int, clock, only: str, texts: list[str]) -> list[dict]:
         for name in ["exact", *texts]:
             torch.manual_seed(0)
             model = make()
-            if name != "exact" and not sketched(model, name):
+            low = name.endswith(LOW)
+            text = name.removesuffix(LOW).rstrip(", ") or "exact"
+            if text != "exact" and not sketched(model, text):
                 continue
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-            def step(model=model, optimizer=optimizer, images=images, labels=labels):
+            def step(model=model, optimizer=optimizer, images=images, labels=labels, low=low):
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(model(images), labels).backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    loss = nn.functional.cross_entropy(model(images).float(), labels)
+                loss.backward()
                 optimizer.step()
 
             step()  # a region captures
             arms[name] = step
-            more[name] = {"saved_mib": round(bs.saved_bytes(model, images).total / 2**20, 1)}
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                more[name] = {"saved_mib": round(bs.saved_bytes(model, images).total / 2**20, 1)}
             note = state_of(model).note if name.startswith("region") else ""
             more[name] |= {"note": note} if note else {}
         rows += rows_of(what, interleaved(arms, repeats, clock), more)
@@ -196,10 +204,11 @@ def main() -> None:
     path = arguments.out / f"{arguments.part}_{arguments.threads}threads.json"
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []
     measured = {row["what"] for row in rows}
+    tiles = getattr(bs.products.native.library(), "with_tiles", False)
     result = {
         "command": f"python benchmarks/int8.py {arguments.part} --threads {arguments.threads}",
         "clock": clock.__name__,
-        "device": f"{platform.machine()}, AVX-512 VNNI: {not bs.products.why_slow()}",
+        "device": f"{platform.machine()}, AVX-512 VNNI: {not bs.products.why_slow()}, AMX: {tiles}",
         "torch": torch.__version__,
         "repeats": arguments.repeats,
         "rows": [row for row in earlier if row["what"] not in measured] + rows,
