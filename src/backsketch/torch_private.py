@@ -34,6 +34,7 @@ __all__ = [
     "batch_norm_with_statistics",
     "boxed",
     "changed_inputs",
+    "checkpoints_allow_grad",
     "compile_inner",
     "compiled_entries",
     "compiler_error",
@@ -43,6 +44,7 @@ __all__ = [
     "forward_facts",
     "grouped_matmul",
     "hooks_are_guarded",
+    "in_backward",
     "is_functorch_wrapped",
     "layout_of",
     "load_compiler",
@@ -63,6 +65,12 @@ __all__ = [
 
 
 # --- eager ------------------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass. Without the interface: never."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def is_functorch_wrapped(x: Tensor) -> bool:
@@ -404,6 +412,34 @@ def decompositions() -> dict[Any, Any]:
     except ImportError:
         return {}
     return dict(select_decomp_table())
+
+
+@contextmanager
+def checkpoints_allow_grad() -> Iterator[None]:
+    """Reentrant checkpoints inside run as those that are not: only these allow ``torch.autograd.grad``.
+
+    Who trains holds the function ``checkpoint`` itself, so what it calls is replaced. Without the interface
+    they stay as they are, and PyTorch refuses.
+    """
+    from torch.utils import checkpoint as module
+
+    before = getattr(module, "CheckpointFunction", None)
+    if before is None:
+        yield
+        return
+
+    class NotReentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return module.checkpoint(
+                function, *args, use_reentrant=False, preserve_rng_state=preserve
+            )
+
+    module.__dict__["CheckpointFunction"] = NotReentrant
+    try:
+        yield
+    finally:
+        module.__dict__["CheckpointFunction"] = before
 
 
 def compile_inner(graph: Any, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
