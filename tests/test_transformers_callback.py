@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped
+from backsketch.planning.measure import recorder
 from steering import Clock, steered_auto
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -268,6 +269,41 @@ def test_auto_profiles_on_the_trainers_own_batches_and_loss(tmp_path):
     assert Doubled.calls > 10
     assert callback.reason
     assert len(logged(trainer, "backsketch/arithmetic")) == 2
+
+
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=TOKENS, loss_type="ForCausalLM",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_decoder_that_fills_its_cache_can_be_profiled(build):
+    """Outside of a Trainer, which switches the cache off, it is on."""
+    model = build()
+    assert model.config.use_cache
+    tokens = torch.randint(40, (4, 4, TOKENS))
+    batches = [{"input_ids": rows, "labels": rows} for rows in tokens]
+    found = bs.profile(model, batches, lambda model, batch: model(**batch).loss)
+    assert found.sites
+
+
+def test_a_cache_that_is_kept_is_noticed(monkeypatch):
+    monkeypatch.setattr(recorder, "_is_cache", lambda value: False)
+    with pytest.raises(RuntimeError, match="second time"):
+        test_a_decoder_that_fills_its_cache_can_be_profiled(gpt2)
+
+
+def test_reentrant_checkpoints_are_measured_too(tmp_path):
+    options = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    trainer = made(tmp_path, SketchCallback("rows:keep=0.5"), **options)
+    trainer.train()
+    assert all(0.5 < share < 1 for share in logged(trainer, "backsketch/arithmetic"))
 
 
 def timed(trainer: Any, clock: Clock) -> Any:

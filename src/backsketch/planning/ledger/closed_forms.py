@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backsketch import sampling
 from backsketch.estimators import Bilinear, Estimator
@@ -37,7 +37,12 @@ def own_weights(site: SketchedSite) -> set[int]:
         return set()
     adapter = adapter_of(site.module)
     assert adapter is not None
-    return {id(weight) for _, weight in adapter.weights(site.module)}
+    return {id(_parameter(weight)) for _, weight in adapter.weights(site.module)}
+
+
+def _parameter(weight: Tensor) -> Tensor:
+    """What a weight is a view of: some kinds hold it transposed, some several in one."""
+    return weight if weight._base is None else weight._base
 
 
 def predicted(site: SketchedSite, caught: Caught) -> Injected:
@@ -57,12 +62,14 @@ def predicted(site: SketchedSite, caught: Caught) -> Injected:
     if adapter.is_exact:
         return Injected(0.0, 0.0)
     op = adapter.product(site.module, caught.inputs[0])
-    return Injected(None, None) if op is None else _layer(site.sketch, op, site.module, caught)
+    if op is None:
+        return Injected(None, None)
+    ((_, weight),) = adapter.weights(site.module)
+    return _layer(site.sketch, op, weight, caught)
 
 
-def _layer(sketch: Estimator, op: Bilinear, module: nn.Module, caught: Caught) -> Injected:
-    weight, x = module.weight, caught.inputs[0]
-    assert isinstance(weight, Tensor)
+def _layer(sketch: Estimator, op: Bilinear, weight: Tensor, caught: Caught) -> Injected:
+    x = caught.inputs[0]
     g = op.rows(caught.cotangents[0])
     if g.shape[0] > (op.pair_rows if sketch.needs_pairs else op.gram_rows):
         return Injected(None, None)
@@ -70,7 +77,7 @@ def _layer(sketch: Estimator, op: Bilinear, module: nn.Module, caught: Caught) -
         travels = (
             float(sketch.input_variance(op, g, weight.detach())) if caught.grad_inputs else 0.0
         )
-        own = float(sketch.weight_variance(op, g, x)) if weight.requires_grad else 0.0
+        own = float(sketch.weight_variance(op, g, x)) if _parameter(weight).requires_grad else 0.0
     except ValueError:  # the estimators say so where they have no closed form
         return Injected(None, None)
     return Injected(travels, own)
