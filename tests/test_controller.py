@@ -26,7 +26,7 @@ from backsketch.planning.control.sites import movable_sites
 from backsketch.planning.measure.replay import Recorder
 from backsketch.planning.measure.rows import RowCurve, row_curve
 from backsketch.planning.measure.step import extra_variance
-from backsketch.planning.plan.frontier import frontier
+from backsketch.planning.plan.choices import frontier
 from backsketch.planning.profiling.families import FINE_LADDER
 from backsketch.planning.profiling.records import Option, SiteProfile
 from backsketch.regions import record_scores

@@ -22,8 +22,7 @@ from backsketch.planning.measure.passes import passes
 from backsketch.planning.measure.recorder import backward, watching
 from backsketch.planning.measure.rows import row_curve
 from backsketch.planning.plan import trial
-from backsketch.planning.plan.frontier import frontier
-from backsketch.planning.plan.knapsack import choose
+from backsketch.planning.plan.choices import choose, frontier
 from backsketch.planning.profiling import observe, profiler, sites, times
 from backsketch.planning.profiling.noise import region_noise
 from backsketch.planning.profiling.profiler import stages

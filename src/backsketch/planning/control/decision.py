@@ -12,8 +12,8 @@ from backsketch.planning.control.moves import Keeps, Moves
 from backsketch.planning.control.observer import Observer
 from backsketch.planning.control.ranks import gathered
 from backsketch.planning.control.sites import MovableSite
-from backsketch.planning.plan.estimate import LEAST_GAIN, LEAST_SAVING
-from backsketch.planning.plan.frontier import frontier
+from backsketch.planning.plan.choices import frontier
+from backsketch.planning.plan.plan import LEAST_GAIN, LEAST_SAVING
 from backsketch.regions import state_of
 from backsketch.theory.cost import time_to_target_ratio
 

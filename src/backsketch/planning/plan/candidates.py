@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backsketch.planning.plan.estimate import CAUTION, LEAST_SAVING
-from backsketch.planning.plan.plan import Plan
+from backsketch.planning.plan.plan import CAUTION, LEAST_SAVING, Plan
 from backsketch.planning.plan.prediction import assembled, chosen, exact_plan
 from backsketch.planning.plan.search import make_plan
 from backsketch.planning.profiling.families import REFERENCE
