@@ -49,9 +49,7 @@ def _saver(profile: ProfileData, site: SiteProfile, now: Option | None) -> Optio
     below = [
         o
         for o in site.options
-        if o.keep < REFERENCE
-        and o.family != "recompute"
-        and (now is None or o.family.startswith("int8"))
+        if o.keep < REFERENCE and o.family != "recompute" and (now is None or o.in_8_bits)
     ]
     best = min(below, key=site.seconds, default=None)
     least = (0.0 if now is None else site.seconds(now)) - LEAST_SAVING * profile.step_seconds
