@@ -20,13 +20,13 @@ from backsketch.planning import Profile
 from backsketch.planning.control import calibration, observer
 from backsketch.planning.control.costs import StepCosts
 from backsketch.planning.control.estimate import Estimate
-from backsketch.planning.control.looks import Looks
+from backsketch.planning.control.observer import Observer
 from backsketch.planning.control.schedule import Schedule
 from backsketch.planning.control.sites import movable_sites
 from backsketch.planning.measure.replay import Recorder
 from backsketch.planning.measure.rows import RowCurve, row_curve
 from backsketch.planning.measure.step import extra_variance
-from backsketch.planning.plan.frontier import frontier
+from backsketch.planning.plan.choices import frontier
 from backsketch.planning.profiling.families import FINE_LADDER
 from backsketch.planning.profiling.records import Option, SiteProfile
 from backsketch.regions import record_scores
@@ -410,7 +410,7 @@ def test_a_resumed_run_takes_the_time_of_a_step_from_its_own_steps():
 def test_a_run_that_was_interrupted_between_two_looks_goes_on_as_if_it_was_not(
     digits, rules, monkeypatch
 ):
-    monkeypatch.setattr(Looks.__init__, "__defaults__", (3 * SIZE,))  # three vectors of scores
+    monkeypatch.setattr(Observer.__init__, "__defaults__", (3 * SIZE,))  # three vectors of scores
 
     def made():
         model = mlp()

@@ -16,15 +16,14 @@ from torch.nn import functional as F
 
 import backsketch as bs
 from backsketch.models import build
-from backsketch.planning import CostEstimate, Plan, Profile
+from backsketch.planning import CostEstimate, Plan, Profile, facade
 from backsketch.planning.measure import timing
 from backsketch.planning.measure.passes import passes
 from backsketch.planning.measure.recorder import backward, watching
 from backsketch.planning.measure.rows import row_curve
 from backsketch.planning.plan import trial
-from backsketch.planning.plan.frontier import frontier
-from backsketch.planning.plan.knapsack import choose
-from backsketch.planning.profiling import observe, profiler, sites, times
+from backsketch.planning.plan.choices import choose, frontier
+from backsketch.planning.profiling import observe, sites, times
 from backsketch.planning.profiling.noise import region_noise
 from backsketch.planning.profiling.profiler import stages
 from backsketch.planning.profiling.records import MaskOption, Option, SiteProfile, Trial
@@ -247,7 +246,7 @@ def test_every_stage_moves_the_bar(vit, monkeypatch):
         with stages(name, total, show):
             yield lambda text: seen.append((text, total))
 
-    monkeypatch.setattr(profiler, "stages", counted)
+    monkeypatch.setattr(facade, "stages", counted)
     bs.profile(vit, batches((3, 16, 16), 2), loss_fn)
     assert len(seen) == seen[0][1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from backsketch.estimators import Sketch
 from backsketch.memory import mebibytes, saved_bytes
 from backsketch.nn.swap import exact
 
-__all__ = ["Report", "Site"]
+__all__ = ["Report", "Site", "table_lines"]
 
 
 @dataclass
@@ -157,13 +157,9 @@ class Report:
     def __str__(self) -> str:
         header = ("site", "type", "sketch", "grad_input", "grad_weight", "saved", "measured", "")
         rows = [header, *(self._row(site) for site in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths[:-1]))
         if self.total is None:
-            start = sum(widths[:6]) + 2 * 6
-            lines = [(row[:start] + row[start + widths[6] + 2 :]).rstrip() for row in lines]
-        return "\n".join([*lines, self._summary()])
+            rows = [(*row[:6], row[7]) for row in rows]
+        return "\n".join([*table_lines(rows), self._summary()])
 
     def _row(self, site: Site) -> tuple[str, ...]:
         name = site.name or "(model)"
@@ -201,6 +197,19 @@ class Report:
             return f"{share}, by the sizes of the weights; report.measure(model, batch) counts it"
         inside = sum(self.arithmetic.modules.values()) / max(self.arithmetic.total, 1)
         return f"{share}; {100 * max(1 - inside, 0):.0f} % lies outside the sites, in functions"
+
+
+def table_lines(rows: Sequence[Sequence[str]], right_from: int | None = None) -> list[str]:
+    """The lines of a table, the first row its header, with a rule below it; flush right from a column on."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    left = len(widths) if right_from is None else right_from
+    rule = ["-" * w if name else "" for name, w in zip(rows[0], widths)]
+    return [
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in (rows[0], rule, *rows[1:])
+    ]
 
 
 def _bytes(site: Site) -> str:

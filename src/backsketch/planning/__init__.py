@@ -11,5 +11,5 @@ from backsketch.planning.ledger.account import variance as variance
 from backsketch.planning.ledger.records import Ledger as Ledger
 from backsketch.planning.ledger.records import SiteError as SiteError
 from backsketch.planning.plan.candidates import auto_plan as auto_plan
-from backsketch.planning.plan.estimate import CostEstimate as CostEstimate
+from backsketch.planning.plan.plan import CostEstimate as CostEstimate
 from backsketch.planning.plan.plan import Plan as Plan

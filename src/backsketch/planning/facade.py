@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from backsketch.convert import restore_
+from backsketch.nn.swap import is_swapped
 from backsketch.planning.measure.passes import LossFn
 from backsketch.planning.plan.candidates import auto_plan
 from backsketch.planning.plan.plan import Plan
 from backsketch.planning.plan.prediction import predict
 from backsketch.planning.plan.search import make_plan
 from backsketch.planning.plan.trial import tried
-from backsketch.planning.profiling.profiler import measured
+from backsketch.planning.profiling.profiler import STAGES, first_batches, measured, stages
 from backsketch.planning.profiling.records import ProfileData
+from backsketch.regions import RunsExactly
+from backsketch.rules import unwrap
+from backsketch.untouched import untouched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,4 +126,18 @@ def profile(
         ValueError: fewer than two batches, a loss that is not finite, a model that is sketched already or has
             nothing to sketch.
     """
-    return Profile(**vars(measured(model, batches, loss_fn, progress, tried)))
+    model = unwrap(model)
+    data = first_batches(batches)
+    if any(is_swapped(m) for m in model.modules()):
+        raise ValueError("profile: the model is sketched already; call bs.restore_(model) first")
+    with (
+        stages("profile", STAGES + len(data), progress) as tick,
+        untouched(model, training=True, seed=0),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RunsExactly)  # regions are tried here
+        try:
+            found, exact = measured(model, data, loss_fn, tick)
+            return Profile(**vars(tried(found, model, data, loss_fn, exact, tick)))
+        finally:
+            restore_(model)

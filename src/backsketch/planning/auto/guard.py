@@ -12,8 +12,9 @@ from torch import nn
 
 from backsketch.convert import restore_
 from backsketch.nn.swap import exact, is_swapped, sketch_of
+from backsketch.planning.auto.budget import Stopwatch
 from backsketch.planning.control.ranks import gathered
-from backsketch.planning.measure.timing import Timing, synchronize
+from backsketch.planning.measure.timing import Timing
 from backsketch.rules import unwrap
 
 __all__ = ["SpeedGuard"]
@@ -74,7 +75,7 @@ class SpeedGuard:
         self._steps = -1  # number of the present step
         self._from, self._gap, self._trials = 0, _GAP, 1
         self._seconds: dict[int, float] = {}  # of the steps of a trial, by place
-        self._began: float | None = None  # the present step, where it is timed
+        self._watch = Stopwatch(clock)  # of the present step, where it is timed
         self._exactly = ExitStack()
 
     @property
@@ -100,21 +101,19 @@ class SpeedGuard:
         if self.on_trial:
             if self.is_exact:
                 self._exactly.enter_context(exact(self._model))
-            synchronize()
-            self._began = self._clock()
+            self._watch.start()
 
     def stop(self) -> None:
         """To be called at the end of a step that something else follows, such as a look at the test data."""
         self._exactly.close()
-        if self._began is not None:
-            synchronize()
-            self._seconds[self._place] = self._clock() - self._began
-            self._began = None
+        self._watch.stop()
+        if self._watch.seconds:
+            self._seconds[self._place] = self._watch.seconds.pop()
 
     def close(self) -> None:
         """End a trial: the sketches act again."""
         self._exactly.close()
-        self._began = None
+        self._watch = Stopwatch(self._clock)
 
     @property
     def _place(self) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from backsketch.planning.control.arguments import called_module, check
 from backsketch.planning.control.costs import StepCosts
-from backsketch.planning.control.decision import decide
+from backsketch.planning.control.decision import Situation
 from backsketch.planning.control.moves import Change, Moves
 from backsketch.planning.control.observer import Observer
 from backsketch.planning.control.ranks import gathered
@@ -219,8 +219,8 @@ class Controller:
 
     def _decide(self) -> None:
         if not self._schedule.is_exact_phase:
-            step = self._schedule.steps
-            decide(self._observer, self._moves, self._sites, self.target, self._max_plans, step)
+            where = self._observer, self._moves, self._sites
+            Situation(*where, self.target, self._max_plans).decide(self._schedule.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on, as plain data that ``torch.save`` and JSON hold.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from backsketch.estimators import Estimator
+from backsketch.estimators import Estimator, parse
 from backsketch.planning.control.calibration import Work
 from backsketch.planning.control.sites import MovableSite
 from backsketch.planning.profiling.records import Option, ProfileData
@@ -109,10 +109,11 @@ def _measured(profile: ProfileData, site: MovableSite) -> tuple[float, float]:
 
 def _is_timing_of(option: Option, site: MovableSite) -> bool:
     """Whether it was timed with the sketch of a site, at whatever keep; of regions mode and arithmetic decide."""
-    if isinstance(site.base, Region):
-        bits = "int8 " if site.base.arithmetic == "int8" else ""
-        return option.family == bits + site.base.mode and site.name in option.rules
-    return option.rules.get(site.name) == str(site.base.with_keep(option.keep))
+    text, base = option.rules.get(site.name), site.base
+    timed = None if text is None else parse(text)
+    if isinstance(base, Region) and isinstance(timed, Region):
+        return (timed.mode, timed.arithmetic) == (base.mode, base.arithmetic)
+    return text == str(base.with_keep(option.keep))
 
 
 def _unknown(profile: ProfileData, site: MovableSite) -> str:

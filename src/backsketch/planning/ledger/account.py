@@ -143,19 +143,10 @@ class _Column:
         return {name: value for name, value in zip(names, means) if value > 0}
 
 
-class _Mean:
-    """A running mean that stays None once it has met a None."""
-
-    def __init__(self) -> None:
-        self.sum, self.count, self.known = 0.0, 0, True
-
-    def add(self, value: float | None) -> None:
-        self.known = self.known and value is not None
-        self.sum, self.count = self.sum + (value or 0.0), self.count + 1
-
-    @property
-    def value(self) -> float | None:
-        return self.sum / self.count if self.known and self.count else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None without values, and where one of them is None."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 class _SiteTally:
@@ -166,44 +157,44 @@ class _SiteTally:
         ids = own_weights(site)
         self.own = torch.tensor([id(p) in ids for p in parameters.values()])
         self.isolated, self.joint = _Column(), _Column()
-        self.injected = _Mean()
-        self.closed = {key: _Mean() for key in ("exact", "exact_weight", "noisy", "noisy_weight")}
+        self.injected: list[float | None] = []
+        self.closed: dict[str, list[Injected]] = {"exact": [], "noisy": []}
         self.second_moments = [0.0, 0.0]  # exact, noisy
-        self.energy = _Mean()
+        self.energy: list[float] = []
 
     def see(self, kind: str, caught: Caught) -> None:
         """Evaluate the closed forms on a pass."""
-        form = predicted(self.site, caught)
-        self.closed[kind].add(form.travelling)
-        self.closed[f"{kind}_weight"].add(form.weight)
+        self.closed[kind].append(predicted(self.site, caught))
 
     def inject(self, run: Passes, name: tuple[int, int], exact: Caught, noisy: Caught) -> None:
         """The error on what travels on, in the pass of that name in which only this site is active."""
         sketch = self.site.sketch
         if not isinstance(sketch, (Region, Mask)):
-            self.energy.add(squared_norm(exact.grad_inputs))
-            return self.injected.add(squared_distance(exact.grad_inputs, noisy.grad_inputs))
-        self.energy.add(squared_norm(exact.cotangents))
+            self.energy.append(squared_norm(exact.grad_inputs))
+            return self.injected.append(squared_distance(exact.grad_inputs, noisy.grad_inputs))
+        self.energy.append(squared_norm(exact.cotangents))
         if len(exact.cotangents) != 1:
-            return self.injected.add(None)
+            return self.injected.append(None)
         run.keys.restart(*name)
         run.keys.at(self.site.index)
-        self.injected.add(squared_norm(draw_errors(sketch, exact.cotangents)))
+        self.injected.append(squared_norm(draw_errors(sketch, exact.cotangents)))
 
     def row(self, names: list[str]) -> SiteError:
         isolated, joint = self.isolated.totals, self.joint.totals
         own = float(torch.stack(self.isolated.samples)[:, self.own].sum(1).mean())
-        exact = Injected(self.closed["exact"].value, self.closed["exact_weight"].value)
-        noisy = Injected(self.closed["noisy"].value, self.closed["noisy_weight"].value)
-        below = float(isolated.mean()) - own
-        gain = below / self.injected.value if self.injected.value else 0.0
+        exact, noisy = (
+            Injected(_mean([f.travelling for f in forms]), _mean([f.weight for f in forms]))
+            for forms in self.closed.values()
+        )
+        injected, below = _mean(self.injected), float(isolated.mean()) - own
+        gain = below / injected if injected else 0.0
         second = self.second_moments
         return SiteError(
             name=self.site.name,
             sketch=str(self.site.sketch),
-            injected=self.injected.value,
+            injected=injected,
             injected_weight=own,
-            energy=self.energy.value or 0.0,
+            energy=_mean(self.energy) or 0.0,
             predicted=exact.travelling,
             predicted_weight=exact.weight,
             isolated=float(isolated.mean()),

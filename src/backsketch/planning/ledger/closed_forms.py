@@ -6,19 +6,16 @@ not. A region or a mask injects one into the cotangent at its output.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from backsketch import sampling
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.nn.registry import adapter_of
 from backsketch.planning.measure.passes import Caught, SketchedSite
+from backsketch.planning.measure.rows import row_curve
 from backsketch.regions import Mask, Region
-from backsketch.regions import rows as row_ops
-from backsketch.theory import variance
+from backsketch.regions.rows import scores
 
 __all__ = ["Injected", "own_weights", "predicted"]
 
@@ -54,8 +51,9 @@ def predicted(site: SketchedSite, caught: Caught) -> Injected:
     if len(caught.cotangents) != 1:
         return Injected(None, None)
     if isinstance(site.sketch, (Region, Mask)):
-        scores, k = _row_draw(site.sketch, caught.cotangents[0])
-        return Injected(float(variance.minimal_sampling(scores, k)), 0.0)
+        found = scores(caught.cotangents, site.sketch.row_dims)
+        curve = row_curve(found, (site.sketch.keep,), live_only=isinstance(site.sketch, Region))
+        return Injected(curve.errors[0], 0.0)
     adapter = adapter_of(site.module)
     if adapter is None or not isinstance(site.sketch, Estimator):
         return Injected(None, None)
@@ -81,11 +79,3 @@ def _layer(sketch: Estimator, op: Bilinear, weight: Tensor, caught: Caught) -> I
     except ValueError:  # the estimators say so where they have no closed form
         return Injected(None, None)
     return Injected(travels, own)
-
-
-def _row_draw(sketch: Region | Mask, cotangent: Tensor) -> tuple[Tensor, int]:
-    """Scores and sample size at the boundary, as :mod:`backsketch.regions` draws there."""
-    scores = row_ops.scores([cotangent], sketch.row_dims)
-    n = math.prod(cotangent.shape[: sketch.row_dims])
-    live = int(torch.count_nonzero(scores)) if isinstance(sketch, Region) else n
-    return scores, min(n, sampling.num_kept(live, sketch.keep)) if live else n

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backsketch.report import table_lines
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -164,16 +166,7 @@ class Ledger:
             "joint/isolated", "growth",
         )  # fmt: skip
         rows = [header, *(self._row(site) for site in self.sites)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*lines, *self._summary()])
+        return "\n".join([*table_lines(rows, 2), *self._summary()])
 
     def _row(self, site: SiteError) -> tuple[str, ...]:
         closed = None if site.predicted is None or not site.energy else site.predicted / site.energy

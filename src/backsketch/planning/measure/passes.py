@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backsketch.estimators import Sketch
 from backsketch.nn.swap import is_swapped, sketch_of, switched
-from backsketch.planning.measure.recorder import listen, tensors_of
+from backsketch.planning.measure.recorder import listen, tensors_of, vjp
 from backsketch.regions import RegionModule
 from backsketch.sampling import Keys, keyed
 from backsketch.untouched import repeatable
@@ -108,10 +108,8 @@ class Passes:
         Raises:
             ValueError: the loss is not a finite scalar with a gradient.
         """
-        parameters = list(self.parameters.values())
         with self.loss(batch, number, active, draw) as loss:
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+            return vjp(loss, list(self.parameters.values()))
 
     @contextmanager
     def loss(

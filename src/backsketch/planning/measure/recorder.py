@@ -27,6 +27,7 @@ __all__ = [
     "rerun",
     "tensors_of",
     "unseen",
+    "vjp",
     "watching",
 ]
 
@@ -144,6 +145,17 @@ def fresh(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.requires_grad)
 
 
+def vjp(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    retain: bool = False,
+) -> list[Tensor]:
+    """Gradients of the inputs, without touching ``.grad``; zeros where unused."""
+    grads = torch.autograd.grad(outputs, inputs, cotangents, retain, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads)]
+
+
 # --- the calls of a pass ----------------------------------------------------------------------------
 
 
@@ -214,5 +226,4 @@ def rerun(module: nn.Module, call: Call) -> list[Tensor]:
     outputs = [t for t in tensors_of(module(*call.args, **call.kwargs)) if t.requires_grad]
     cotangents = call.cotangents or [torch.randn_like(t) for t in outputs]
     wanted = [t for t in (*call.tensors, *module.parameters()) if t.requires_grad]
-    grads = torch.autograd.grad(outputs[: len(cotangents)], wanted, cotangents, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads)]
+    return vjp(outputs[: len(cotangents)], wanted, cotangents)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backsketch.planning.measure.recorder import listen, repeatable_arguments, tensors_of
+from backsketch.planning.measure.recorder import listen, repeatable_arguments, tensors_of, vjp
 from backsketch.sampling import keyed
 from backsketch.torch_private import pytree
 from backsketch.untouched import untouched
@@ -145,10 +145,7 @@ class Replay:
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain: bool = False
     ) -> list[Tensor]:
         """Gradients of the trainable parameters; zeros where unused."""
-        grads = torch.autograd.grad(
-            outputs, self.parameters, cotangents, retain_graph=retain, allow_unused=True
-        )
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads)]
+        return vjp(outputs, self.parameters, cotangents, retain)
 
 
 @contextmanager

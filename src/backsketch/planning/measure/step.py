@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from backsketch.arithmetic import product_counter
@@ -17,7 +16,7 @@ from backsketch.memory import kept_by
 from backsketch.nn.swap import exact as exactly
 from backsketch.planning.measure.errors import extra_variance as measured
 from backsketch.planning.measure.passes import Diverged, LossFn
-from backsketch.planning.measure.recorder import unseen
+from backsketch.planning.measure.recorder import unseen, vjp
 from backsketch.untouched import untouched
 
 __all__ = [
@@ -89,10 +88,7 @@ def extra_variance(
 
 
 def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    """Gradient of each trainable parameter, without touching `.grad`; zeros where unused."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)]
+    return vjp(loss, [p for p in model.parameters() if p.requires_grad])
 
 
 def warm(model: nn.Module, batch: B, loss_fn: LossFn[B]) -> None:

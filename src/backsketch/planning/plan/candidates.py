@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backsketch.planning.plan.estimate import CAUTION, LEAST_SAVING
-from backsketch.planning.plan.plan import Plan
+from backsketch.planning.plan.plan import CAUTION, LEAST_SAVING, Plan
 from backsketch.planning.plan.prediction import assembled, chosen, exact_plan
 from backsketch.planning.plan.search import make_plan
 from backsketch.planning.profiling.families import REFERENCE
@@ -50,9 +49,7 @@ def _saver(profile: ProfileData, site: SiteProfile, now: Option | None) -> Optio
     below = [
         o
         for o in site.options
-        if o.keep < REFERENCE
-        and o.family != "recompute"
-        and (now is None or o.family.startswith("int8"))
+        if o.keep < REFERENCE and o.family != "recompute" and (now is None or o.in_8_bits)
     ]
     best = min(below, key=site.seconds, default=None)
     least = (0.0 if now is None else site.seconds(now)) - LEAST_SAVING * profile.step_seconds

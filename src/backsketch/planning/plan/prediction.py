@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from backsketch.estimators import parse
-from backsketch.planning.plan.estimate import CostEstimate
-from backsketch.planning.plan.plan import Plan
+from backsketch.planning.plan.plan import CostEstimate, Plan
 from backsketch.planning.profiling.records import Option, ProfileData
 from backsketch.regions import Mask
 from backsketch.theory.cost import smaller_batch_ratio, time_to_target_ratio

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from backsketch.planning.plan.estimate import CAUTION, LEAST_GAIN, CostEstimate
-from backsketch.planning.plan.frontier import frontier
-from backsketch.planning.plan.knapsack import choose
-from backsketch.planning.plan.plan import Plan
+from backsketch.planning.plan.choices import choose, frontier
+from backsketch.planning.plan.plan import CAUTION, LEAST_GAIN, CostEstimate, Plan
 from backsketch.planning.plan.prediction import assembled, exact_plan, option_variance
 from backsketch.planning.profiling.records import ProfileData, SiteProfile
 

@@ -13,8 +13,7 @@ from backsketch.convert import restore_, sketch_
 from backsketch.planning.measure.errors import extra_variance
 from backsketch.planning.measure.passes import LossFn
 from backsketch.planning.measure.timing import OF_A_TRIAL
-from backsketch.planning.plan.estimate import measured_ratio
-from backsketch.planning.plan.plan import Plan
+from backsketch.planning.plan.plan import Plan, measured_ratio
 from backsketch.planning.plan.search import make_plan
 from backsketch.planning.profiling.records import ProfileData, Trial
 

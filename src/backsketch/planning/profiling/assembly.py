@@ -8,9 +8,8 @@ from statistics import fmean
 
 import torch
 
-from backsketch.planning.profiling.curves import ratio
 from backsketch.planning.profiling.families import FAMILIES, LADDER, REFERENCE, ROUNDING
-from backsketch.planning.profiling.noise import MASK_REFERENCE
+from backsketch.planning.profiling.noise import MASK_REFERENCE, ratio
 from backsketch.planning.profiling.observe import Observed
 from backsketch.planning.profiling.records import MaskOption, Option, ProfileData, SiteProfile
 from backsketch.planning.profiling.sites import Site

@@ -15,9 +15,15 @@ from backsketch.planning.measure.passes import LossFn, Passes, passes
 from backsketch.planning.measure.recorder import Call, backward, watching
 from backsketch.planning.measure.rows import RowCurve, row_curve
 from backsketch.planning.measure.timing import timed
-from backsketch.planning.profiling.curves import Curves, curves, mask_weights
 from backsketch.planning.profiling.families import LADDER
-from backsketch.planning.profiling.noise import Noise, mask_noise, region_noise
+from backsketch.planning.profiling.noise import (
+    Curves,
+    Noise,
+    curves,
+    mask_noise,
+    mask_weights,
+    region_noise,
+)
 from backsketch.planning.profiling.sites import Site, is_inside
 from backsketch.regions.rows import scores
 from backsketch.theory.noise import GradientSums

@@ -2,62 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from backsketch.convert import restore_
 from backsketch.nn.registry import SMALL_WEIGHT
-from backsketch.nn.swap import is_swapped
 from backsketch.planning.measure.passes import LossFn
 from backsketch.planning.profiling.assembly import assembled
 from backsketch.planning.profiling.observe import observe
 from backsketch.planning.profiling.records import ProfileData
 from backsketch.planning.profiling.sites import find_sites
 from backsketch.planning.profiling.times import site_costs
-from backsketch.regions import RunsExactly
-from backsketch.rules import unwrap
-from backsketch.untouched import untouched
 
-__all__ = ["NothingToSketch", "measured", "stages"]
+__all__ = ["STAGES", "NothingToSketch", "first_batches", "measured", "stages"]
 
 _MOST_BATCHES = 4  # that are looked at, for SGD's own noise
-_STAGES = 4  # and one per batch
+STAGES = 4  # and one per batch
 
 
 class NothingToSketch(ValueError):
     """A model has no site for a sketch."""
 
 
-def measured(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss_fn: LossFn[Any],
-    progress: bool,
-    tried: Callable[..., ProfileData],
-) -> ProfileData:
-    """See :func:`backsketch.profile`; ``tried`` is :func:`backsketch.planning.plan.trial.tried`."""
-    model = unwrap(model)
-    data = _batches(batches)
-    if any(is_swapped(m) for m in model.modules()):
-        raise ValueError("profile: the model is sketched already; call bs.restore_(model) first")
-    with (
-        stages("profile", _STAGES + len(data), progress) as tick,
-        untouched(model, training=True, seed=0),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", RunsExactly)  # regions are tried here
-        try:
-            profile, exact = _measured(model, data, loss_fn, tick)
-            return tried(profile, model, data, loss_fn, exact, tick)
-        finally:
-            restore_(model)
-
-
-def _batches(batches: Iterable[Any]) -> list[Any]:
+def first_batches(batches: Iterable[Any]) -> list[Any]:
     data = []
     for batch in batches:
         data.append(batch)
@@ -70,7 +39,7 @@ def _batches(batches: Iterable[Any]) -> list[Any]:
     return data
 
 
-def _measured(
+def measured(
     model: nn.Module, data: Sequence[Any], loss_fn: LossFn[Any], tick: Callable[[str], None]
 ) -> tuple[ProfileData, list[list[Tensor]]]:
     """The profile without trials, and the exact gradients of the first batches."""

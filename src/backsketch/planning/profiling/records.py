@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backsketch.planning.profiling.families import IN_8_BITS, REGIONS
+
 __all__ = ["MaskOption", "Option", "ProfileData", "SiteProfile", "Trial"]
 
 P = TypeVar("P", bound="ProfileData")
@@ -38,7 +40,12 @@ class Option:
     @property
     def is_region(self) -> bool:
         """Whether its noise travels on to the sites below."""
-        return self.family.removeprefix("int8 ") in ("save", "recompute")
+        return self.family in REGIONS
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether its matrix products are those of 8-bit integers."""
+        return self.family in IN_8_BITS
 
     def seconds(self, live: float = 1.0) -> float:
         """Change of a step's time below a mask that keeps a fraction ``live`` of the rows."""

@@ -71,7 +71,7 @@ def _of_kind(module: nn.Module, site: Site, call: Call) -> SiteCosts:
         forward = min(timed(exact.forward)[0] for _ in range(2))
         backward = 0.0
         for combined in (False, True):
-            fitting = [f for f in FAMILIES if bool(f.parts) == combined and f.fits(site)]
+            fitting = [f for f in FAMILIES if bool(f.parts) == combined and f.on(site)]
             fitting = [f for f in fitting if all(found[p].seconds(f.timed_at) < 0 for p in f.parts)]
             twins = [_Twin(module, call, f.rules(site, f.timed_at), site.name) for f in fitting]
             if not twins:
