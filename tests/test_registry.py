@@ -6,8 +6,10 @@ registries are asked what exists, so that an addition that is in none of the tab
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from helpers import ROOT
 from mutations import MUTATIONS, mutation_of
 
 PAGES = ROOT / "docs" / "estimators"
+SOURCE = Path(bs.__file__).parent
+PACKAGES = ("estimators", "nn", "regions/oprules")
+"""Packages whose files register something, which they do once they are imported."""
 
 
 def sketches() -> dict[str, type[Sketch]]:
@@ -33,6 +38,27 @@ def sketches() -> dict[str, type[Sketch]]:
 def estimators() -> dict[str, type[Estimator]]:
     """The registered estimators of layers."""
     return {n: c for n, c in sketches().items() if issubclass(c, Estimator)}
+
+
+def imported_by(file: Path) -> set[str]:
+    """Modules, and what is taken from them, of the ``from ... import`` lines that run with the file."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def not_imported(folder: Path) -> list[str]:
+    """Files of a package that nothing imports when the package is imported, so that they register nothing."""
+    package = ".".join(folder.relative_to(SOURCE.parent).parts)
+    files = {f"{package}.{file.stem}": file for file in folder.glob("[!_]*.py")}
+    reached, todo = set(), [folder / "__init__.py"]
+    while todo:
+        new = (imported_by(todo.pop()) & {*files}) - reached
+        reached |= new
+        todo += [files[name] for name in new]
+    return sorted(files[name].name for name in {*files} - reached)
 
 
 def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
@@ -72,6 +98,25 @@ def missing_of_layer(adapter: registry.Adapter) -> list[str]:
     if f"nn.{adapter.kind.__name__}" not in (PAGES / "README.md").read_text():
         lacks.append("its rows and columns in docs/estimators/README.md")
     return lacks
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_file_is_imported_with_its_package(package):
+    lacks = not_imported(SOURCE / package)
+    assert not lacks, f"src/backsketch/{package}/__init__.py does not import {', '.join(lacks)}"
+
+
+def test_a_file_that_nothing_imports_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.SOURCE", tmp_path)
+    package = tmp_path.name
+    for name, text in {
+        "__init__": f"from {package} import first as first",
+        "first": f"from {package}.second import x",
+        "second": "x = 1",
+        "third": f"from {package}.first import x",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert not_imported(tmp_path) == ["third.py"]
 
 
 @pytest.mark.parametrize("name", estimators())
