@@ -19,7 +19,7 @@ import backsketch as bs
 from backsketch.estimators.base import Estimator, Sketch, registered
 from backsketch.nn import registry
 from backsketch.ops import reference
-from cases import ADAPTED, ESTIMATORS, FAMILIES, linear
+from cases import ADAPTED, ESTIMATORS, FAMILIES, INHERITED, linear
 from chain_cases import CHAIN, made
 from helpers import ROOT
 from mutations import MUTATIONS, mutation_of
@@ -28,6 +28,8 @@ PAGES = ROOT / "docs" / "estimators"
 SOURCE = Path(bs.__file__).parent
 PACKAGES = ("estimators", "nn", "regions/oprules")
 """Packages whose files register something, which they do once they are imported."""
+HOOKS = {"chooses", "needs_forward_seed", "saves_memory", "needs_pairs", "needs_rows"}
+"""What planning and the layers ask an estimator and the base classes answer, rightly or not."""
 
 
 def sketches() -> dict[str, type[Sketch]]:
@@ -61,6 +63,12 @@ def not_imported(folder: Path) -> list[str]:
     return sorted(files[name].name for name in {*files} - reached)
 
 
+def hooks_set_by(cls: type[Estimator]) -> set[str]:
+    """The hooks that an estimator sets, itself or in a base class of its own."""
+    own = [base for base in cls.__mro__ if base not in (Estimator, Sketch)]
+    return {hook for hook in HOOKS if any(hook in vars(base) for base in own)}
+
+
 def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
     """What an estimator lacks before it is finished, in words."""
     lacks = []
@@ -73,6 +81,10 @@ def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
             lacks.append("a slow twin: a row in _TWINS of ops/reference.py")
         if cls not in MUTATIONS:
             lacks.append("a mutation: a row in MUTATIONS of tests/mutations.py")
+    unsaid = HOOKS - hooks_set_by(cls) - INHERITED.get(cls, set())
+    if unsaid:
+        hooks = ", ".join(sorted(unsaid))
+        lacks.append(f"hooks: set {hooks}, or name them in INHERITED of tests/cases.py")
     if not (PAGES / f"{name}.md").is_file():
         lacks.append(f"a page: docs/estimators/{name}.md")
     elif f"({name}.md)" not in (PAGES / "README.md").read_text():
@@ -148,6 +160,7 @@ def test_an_unfinished_estimator_is_told_what_it_lacks():
         "the expensive tests",
         "a slow twin",
         "a mutation",
+        "hooks",
         "a page",
         "an entry in mkdocs.yml",
         "an export in backsketch/__init__.py",
@@ -176,6 +189,21 @@ def test_an_estimator_says_what_planning_needs(estimator):
         _or_none(estimator.weight_variance, layer.op, layer.g, layer.x),
     ]
     assert all(v is None or (float(v) >= 0 and v.dtype == torch.float64) for v in known)
+
+
+@pytest.mark.parametrize("cls", INHERITED, ids=lambda cls: cls.__name__)
+def test_no_hook_is_both_set_and_inherited(cls):
+    assert not INHERITED[cls] & hooks_set_by(cls)
+    assert INHERITED[cls] <= HOOKS
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_an_estimator_needs_a_forward_seed_where_what_it_stores_is_random(estimator):
+    layer = linear()
+    x, op = layer.x, layer.op
+    kept = [estimator.store(op, x, torch.tensor(seed)) for seed in (1, 2)]
+    changes = any(not torch.equal(a, b) for a, b in zip(*kept))
+    assert estimator.needs_forward_seed == changes
 
 
 def _or_none(closed_form: Callable[..., torch.Tensor], *tensors: object) -> torch.Tensor | None:
