@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,17 @@ def hooks_set_by(cls: type[Estimator]) -> set[str]:
     return {hook for hook in HOOKS if any(hook in vars(base) for base in own)}
 
 
+def missing_in_lists(cls: type[Sketch]) -> list[str]:
+    """Which lists of all sketches leave one out."""
+    lacks = []
+    if f"::: backsketch.{cls.__name__}\n" not in (ROOT / "docs" / "api.md").read_text():
+        lacks.append("an entry in docs/api.md")
+    table = (ROOT / "README.md").read_text().split("## The estimators")[1].split("```")[0]
+    if f"`{cls.__name__}(" not in table:
+        lacks.append("a row in the table of estimators in README.md")
+    return lacks
+
+
 def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
     """What an estimator lacks before it is finished, in words."""
     lacks = []
@@ -91,6 +103,7 @@ def missing_of_estimator(name: str, cls: type[Estimator]) -> list[str]:
         lacks.append("a row in docs/estimators/README.md")
     if f" estimators/{name}.md" not in (ROOT / "mkdocs.yml").read_text():
         lacks.append("an entry in mkdocs.yml")
+    lacks += missing_in_lists(cls)
     if getattr(bs, cls.__name__, None) is not cls:
         lacks.append("an export in backsketch/__init__.py")
     if not (cls.__doc__ or "").strip():
@@ -145,7 +158,16 @@ def test_a_layer_kind_is_finished(kind):
 
 @pytest.mark.parametrize("sketch", sorted(set(sketches()) - set(estimators())))
 def test_what_is_no_estimator_has_its_section_in_the_page_of_regions(sketch):
-    assert f"bs.{sketches()[sketch].__name__}" in (ROOT / "docs" / "regions.md").read_text()
+    cls = sketches()[sketch]
+    assert f"bs.{cls.__name__}" in (ROOT / "docs" / "regions.md").read_text()
+    lacks = missing_in_lists(cls)
+    assert not lacks, "; ".join(lacks)
+
+
+@pytest.mark.parametrize("name", registry._FOREIGN)
+def test_a_layer_kind_of_another_library_has_its_row_in_the_page_of_estimators(name):
+    rows = re.findall(r"^\|([^|]*)\|", (PAGES / "README.md").read_text(), re.M)
+    assert any(name in row for row in rows), f"docs/estimators/README.md has no row for {name}"
 
 
 def test_an_unfinished_estimator_is_told_what_it_lacks():
@@ -163,6 +185,8 @@ def test_an_unfinished_estimator_is_told_what_it_lacks():
         "hooks",
         "a page",
         "an entry in mkdocs.yml",
+        "an entry in docs/api.md",
+        "a row in the table of estimators in README.md",
         "an export in backsketch/__init__.py",
         "a docstring",
     ]
