@@ -19,7 +19,7 @@ __all__ = ["Finding", "doctor_command", "findings", "print_plainly"]
 
 ROOMS = ("sampling", "rounding", "products")  # those with a C++ source of their own
 INTEGER_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
-EXTRAS = ("accelerate", "datasets", "matplotlib", "scikit-learn", "scipy", "typer")
+EXTRAS = ("accelerate", "datasets", "matplotlib", "scikit-learn", "typer")
 
 
 @dataclass(frozen=True)
