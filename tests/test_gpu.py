@@ -27,7 +27,7 @@ from backsketch.rounding import Rounding
 from backsketch.rounding import gpu as rounding_gpu
 from cases import ADAPTED, ESTIMATORS, FAMILIES
 from chain_cases import ROUNDED, made
-from helpers import Called
+from helpers import Called, same
 from mutations import drop_the_weights
 from region_models import Block, mlp
 
@@ -153,10 +153,6 @@ def operands(n: int, j: int, o: int, dtype: torch.dtype) -> list[Tensor]:
     g *= (3 * torch.randn(n, 1, generator=generator)).exp()
     g[n // 2] = 0
     return [t.to(DEVICE, dtype) for t in (g, x, w)]
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
 
 
 def twins(
