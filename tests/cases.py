@@ -76,6 +76,9 @@ INHERITED: dict[type[Estimator], set[str]] = {
     bs.Exact: {"chooses", "needs_forward_seed", "saves_memory", "needs_pairs"},
 }
 
+# Kinds of layers whose products have no 8-bit form: Int8 and Float8 refuse them.
+WITHOUT_8_BITS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -417,6 +417,7 @@ def test_the_operator_of_a_rule_exists(name):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__.split(".")[-1])
 def test_every_kind_has_a_rule_with_a_case(kind):
+    assert {f.__module__ for f in RULES.values()} <= {k.__name__ for k in KINDS}
     assert any(RULES[name].__module__ == kind.__name__ for name in CASES)
 
 

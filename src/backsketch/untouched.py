@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from backsketch.sampling import get_rng_state, set_rng_state
-from backsketch.torch_private import checkpoints_allow_grad
+from backsketch.torch_private import buffers_of, checkpoints_allow_grad
 
 __all__ = ["repeatable", "seed_torch", "untouched"]
 
@@ -59,9 +59,9 @@ def repeatable(model: nn.Module, seed: int | None) -> Iterator[None]:
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     buffers = [
-        (module._buffers, name, buffer)
+        (buffers_of(module), name, buffer)
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_of(module).items()
     ]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     with torch.random.fork_rng(devices=devices), checkpoints_allow_grad():
