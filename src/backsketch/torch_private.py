@@ -32,6 +32,7 @@ __all__ = [
     "LossBase",
     "aot_autograd",
     "autocast_is_on",
+    "base_of",
     "batch_norm_with_statistics",
     "boxed",
     "buffers_of",
@@ -174,6 +175,12 @@ def is_view(x: Tensor) -> bool:
     """Whether autograd takes ``x`` for a view. There is no public test; without one every tensor counts as one."""
     test = getattr(x, "_is_view", None)
     return True if test is None else bool(test())
+
+
+def base_of(x: Tensor) -> Tensor:
+    """What ``x`` is a view of, or ``x`` itself; where there is no telling, too."""
+    base = getattr(x, "_base", None)
+    return x if base is None else base
 
 
 def without_history(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from backsketch.planning.measure.passes import Caught, SketchedSite
 from backsketch.planning.measure.rows import row_curve
 from backsketch.regions import Mask, Region
 from backsketch.regions.rows import scores
+from backsketch.torch_private import base_of
 
 __all__ = ["Injected", "own_weights", "predicted"]
 
@@ -34,12 +35,8 @@ def own_weights(site: SketchedSite) -> set[int]:
         return set()
     adapter = adapter_of(site.module)
     assert adapter is not None
-    return {id(_parameter(weight)) for _, weight in adapter.weights(site.module)}
-
-
-def _parameter(weight: Tensor) -> Tensor:
-    """What a weight is a view of: some kinds hold it transposed, some several in one."""
-    return weight if weight._base is None else weight._base
+    # Some kinds hold a weight transposed, some several in one.
+    return {id(base_of(weight)) for _, weight in adapter.weights(site.module)}
 
 
 def predicted(site: SketchedSite, caught: Caught) -> Injected:
@@ -75,7 +72,7 @@ def _layer(sketch: Estimator, op: Bilinear, weight: Tensor, caught: Caught) -> I
         travels = (
             float(sketch.input_variance(op, g, weight.detach())) if caught.grad_inputs else 0.0
         )
-        own = float(sketch.weight_variance(op, g, x)) if _parameter(weight).requires_grad else 0.0
+        own = float(sketch.weight_variance(op, g, x)) if base_of(weight).requires_grad else 0.0
     except ValueError:  # the estimators say so where they have no closed form
         return Injected(None, None)
     return Injected(travels, own)
