@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,10 +75,10 @@ def listen(
         Handles, to be removed.
     """
     records: list[Any] = []
-    since = _UNSEEN[-1]
+    since = _UNSEEN.marks[-1]
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        follows = torch.is_grad_enabled() and since is _UNSEEN[-1]
+        follows = torch.is_grad_enabled() and since is _UNSEEN.marks[-1]
         records.append(called(args, kwargs) if follows else None)
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
@@ -96,7 +97,14 @@ def listen(
     ]
 
 
-_UNSEEN: list[object] = [None]  # the blocks that are open, a mark each
+class _Unseen(threading.local):
+    """The blocks that are open in this thread, a mark each: another one may train meanwhile."""
+
+    def __init__(self) -> None:
+        self.marks: list[object] = [None]
+
+
+_UNSEEN = _Unseen()
 
 
 @contextmanager
@@ -107,11 +115,11 @@ def unseen(model: nn.Module) -> Iterator[None]:
     """
     found = [scores_of(m) for m in model.modules() if isinstance(m, RegionModule)]
     collected = [(trace, list(trace)) for trace in found if trace is not None]
-    _UNSEEN.append(object())
+    _UNSEEN.marks.append(object())
     try:
         yield
     finally:
-        _UNSEEN.pop()
+        _UNSEEN.marks.pop()
         for trace, before in collected:
             trace.clear()
             trace.extend(before)
