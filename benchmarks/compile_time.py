@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from int8 import residual_net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,8 +51,17 @@ def vit() -> Step:
     return model, lambda model: F.cross_entropy(model(images), labels)
 
 
-MODELS: dict[str, Callable[[], Step]] = {"llama": llama, "vit": vit}
-WHAT = {"llama": "Llama of transformers, 2 layers, d 128", "vit": "ViT, 4 blocks, d 96"}
+def residual() -> Step:
+    model, images, labels = residual_net(), torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    return model, lambda model: F.cross_entropy(model(images), labels)
+
+
+MODELS: dict[str, Callable[[], Step]] = {"llama": llama, "vit": vit, "residual": residual}
+WHAT = {
+    "llama": "Llama of transformers, 2 layers, d 128",
+    "vit": "ViT, 4 blocks, d 96",
+    "residual": "residual network, 64 to 256 channels",
+}
 
 
 def processor_seconds() -> float:

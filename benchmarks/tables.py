@@ -411,8 +411,8 @@ def captured() -> str:
 
 def compile_time() -> str:
     found = {(row["model"], row["sketch"]): row for row in _load("compile_time")["rows"]}
-    rows = []
-    for (model, sketch), row in found.items():
+    rows, models = [], list(dict.fromkeys(model for model, _ in found))
+    for (model, sketch), row in sorted(found.items(), key=lambda item: models.index(item[0][0])):
         exact = found[model, "exact"]
         ratios = [f"×{row[key] / exact[key]:.2f}" for key in ("processor_s", "first_s")]
         values = [f"{exact['processor_s']:.0f} s", f"{exact['first_s']:.0f} s"]
