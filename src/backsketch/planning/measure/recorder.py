@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,10 +74,10 @@ def listen(
         Handles, to be removed.
     """
     records: list[Any] = []
-    since = _UNSEEN[-1]
+    since = _UNSEEN.block
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        follows = torch.is_grad_enabled() and since is _UNSEEN[-1]
+        follows = torch.is_grad_enabled() and since is _UNSEEN.block
         records.append(called(args, kwargs) if follows else None)
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
@@ -95,7 +96,13 @@ def listen(
     ]
 
 
-_UNSEEN: list[object] = [None]  # the blocks that are open, a mark each
+class _Unseen(threading.local):
+    """The innermost block that is open in a thread, as a mark of its own."""
+
+    block: object = None
+
+
+_UNSEEN = _Unseen()
 
 
 @contextmanager
@@ -106,11 +113,11 @@ def unseen(model: nn.Module) -> Iterator[None]:
     """
     found = [scores_of(m) for m in model.modules() if isinstance(m, RegionModule)]
     collected = [(trace, list(trace)) for trace in found if trace is not None]
-    _UNSEEN.append(object())
+    outer, _UNSEEN.block = _UNSEEN.block, object()
     try:
         yield
     finally:
-        _UNSEEN.pop()
+        _UNSEEN.block = outer
         for trace, before in collected:
             trace.clear()
             trace.extend(before)
