@@ -18,6 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	# Its torchvision has no build for the CPU alone; its models do without.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $(STAMP)
 
 demo: $(STAMP)  ## train an MLP on digits, exact and sketched side by side

@@ -262,6 +262,7 @@ def _cost(value: float | None) -> str:
 EQUAL_COST = {
     "equal_cost_mlp": "MLP, MNIST",
     "equal_cost_vit": "ViT, CIFAR-10",
+    "equal_cost_vit192": "ViT d 192, CIFAR-10",
     "equal_cost_bagnet": "BagNet, CIFAR-10",
     "equal_cost_gpt": "GPT, tinyshakespeare",
 }

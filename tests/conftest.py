@@ -15,6 +15,7 @@ import torch
 import backsketch as bs
 from backsketch.torch_private import CONSTANTS_OF_OBJECTS
 from backsketch.untouched import seed_torch
+from helpers import sweep_config
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
 if not CONSTANTS_OF_OBJECTS:  # PyTorch 2.10 and 2.11: see "Limits" in the README
@@ -90,6 +91,27 @@ def _without_pictures(request, monkeypatch):
     run = sys.modules.get("backsketch.train.run")
     if run is not None and "pictures" not in request.keywords:
         monkeypatch.setattr(run, "plot_result", lambda result, path: None)
+
+
+@pytest.fixture
+def config(tmp_path, request):
+    """The sweep that a test file describes as ``TINY``."""
+    return sweep_config(tmp_path, request.module.TINY)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Keep what ``datasets`` prepares in the folder of the test, and ask no server."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,18 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are the same bit for bit, with NaN at the same entries, or both None."""
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two models have the same parameters, bit for bit."""
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
 # --------------------------------------------------------------------------------------------------
 # Files and consoles
 # --------------------------------------------------------------------------------------------------
@@ -145,6 +157,15 @@ def quiet() -> Any:
     from rich.console import Console
 
     return Console(quiet=True)
+
+
+def invoke(*arguments: str) -> Any:
+    """What the command line does with some arguments, in this process."""
+    from typer.testing import CliRunner
+
+    from backsketch import cli
+
+    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 def sweep_config(folder: Path, description: dict[str, Any]) -> Any:

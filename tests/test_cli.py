@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 from PIL import Image
 from typer.testing import CliRunner
 
+import helpers
 from backsketch import cli
 from backsketch.commands import train as command
 from backsketch.train import config, loop
@@ -26,14 +27,11 @@ from backsketch.train.checkpoint import load_checkpoint
 
 QUICK = ["--widths", "16", "--batch-size", "64", "--epochs", "1", "--threads", "1"]
 
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(cli.make_app(), ["train", *arguments])
+    return helpers.invoke("train", *arguments)
 
 
 @pytest.mark.pictures

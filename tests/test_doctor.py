@@ -40,7 +40,7 @@ def test_the_report_names_what_decides_speed():
     assert done.exit_code == 0, done.output
     for what in ("versions", "processor", "8-bit products", "threads", "C++ compiler", "CUDA"):
         assert what in done.output
-    for what in ("compiled sampling", "compiled rounding", "cache folder", "extras"):
+    for what in ("compiled sampling", "compiled rounding", "cache folder", "extra train"):
         assert what in done.output
 
 

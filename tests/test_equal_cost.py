@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 
 from backsketch import models
-from backsketch.experiments import Store, SweepConfig, SweepError, run_sweep
+from backsketch.experiments import Store, SweepError, run_sweep
 from backsketch.experiments.bench import checkpointed
 from backsketch.experiments.problems import step_time, training
 from backsketch.experiments.report import report
@@ -29,7 +29,7 @@ from backsketch.experiments.views.arms import (
     relative_step,
     relative_time,
 )
-from helpers import quiet, sweep_config
+from helpers import quiet
 
 SMALL = {"model_options": {"widths": [16]}}
 FIXED = {"model": "mlp", "data": "digits", "limit": 256, "batch_size": 64, "train": SMALL}
@@ -61,11 +61,6 @@ TINY = {
         },
     ],
 }
-
-
-@pytest.fixture
-def config(tmp_path) -> SweepConfig:
-    return sweep_config(tmp_path, TINY)
 
 
 def without_times(record):

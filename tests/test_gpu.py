@@ -25,9 +25,9 @@ from backsketch.products.numbers import NUMBERS
 from backsketch.regions import runner, share
 from backsketch.rounding import Rounding
 from backsketch.rounding import gpu as rounding_gpu
-from cases import ADAPTED, ESTIMATORS, FAMILIES
+from cases import ADAPTED, ESTIMATORS, FAMILIES, WITHOUT_8_BITS
 from chain_cases import ROUNDED, made
-from helpers import Called
+from helpers import Called, same
 from mutations import drop_the_weights
 from region_models import Block, mlp
 
@@ -155,10 +155,6 @@ def operands(n: int, j: int, o: int, dtype: torch.dtype) -> list[Tensor]:
     return [t.to(DEVICE, dtype) for t in (g, x, w)]
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
-
-
 def twins(
     numbers: str, monkeypatch: pytest.MonkeyPatch, run: Callable[[], tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -251,7 +247,6 @@ def test_every_estimator_is_unbiased_at_a_linear_layer(estimator):
     check(*adapted(nn.Linear), estimator)
 
 
-WITHOUT_8_BITS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PAIRS = [
     pytest.param(kind, e, id=f"{kind.__name__}-{e}")
     for kind in ADAPTED

@@ -139,6 +139,33 @@ def test_the_closed_forms_beside_the_measurement(sketch):
     assert ledger.predicted_multiplier == pytest.approx(ledger.multiplier, rel=0.1)
 
 
+@pytest.mark.parametrize("width", [16, 40])
+def test_a_weight_that_is_held_transposed_has_the_closed_forms_of_a_linear_layer(width):
+    kind = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, width), nn.Linear(width, 4))
+    turned = copy.deepcopy(linear)
+    turned[2] = kind(width, 16)
+    with torch.no_grad():
+        turned[2].weight.copy_(linear[2].weight.T)
+        turned[2].bias.copy_(linear[2].bias)
+    data, found = [torch.randn(12, 8) for _ in range(3)], []
+    for model in (linear, turned):
+        bs.seed(0)
+        bs.sketch_(model, {"2": bs.Rows(keep=0.5)})
+        found.append(bs.variance(model, data, lambda model, x: model(x).square().sum()).sites[0])
+    for field in (
+        "predicted",
+        "predicted_weight",
+        "injected",
+        "injected_weight",
+        "predicted_joint",
+    ):
+        ours, theirs = (getattr(site, field) for site in found)
+        assert ours == pytest.approx(theirs, rel=1e-4), field
+        assert theirs > 0
+
+
 def test_a_convolution_has_its_closed_form_too():
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.Flatten()

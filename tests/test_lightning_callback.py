@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped
+from helpers import same_weights
 from steering import Clock, steered_auto
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # its own, about workers, loggers and devices
@@ -75,10 +76,6 @@ def fit(
     return module
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-
-
 def test_a_module_is_sketched_while_it_trains_and_plain_afterwards(tmp_path):
     callback, logged = SketchCallback("rows:keep=0.5"), Logged()
     module = fit(tmp_path, callback, logged, validate=True)
@@ -96,7 +93,7 @@ def test_measurements_leave_the_training_and_its_log_alone(tmp_path):
     models = [
         fit(tmp_path, SketchCallback("rows:keep=0.5", seed=0, measure=m)) for m in (True, False)
     ]
-    assert same(*models)
+    assert same_weights(*models)
     assert "log" not in vars(models[0])
 
 
@@ -111,11 +108,11 @@ def test_a_training_that_resumes_is_the_one_that_went_on(tmp_path, controlled):
     whole = fit(tmp_path, make(), checkpoints(tmp_path), enable_checkpointing=True)
     bs.seed(7)
     resumed = fit(tmp_path, make(), resume=tmp_path / "epoch=0.ckpt")
-    assert same(whole, resumed)
+    assert same_weights(whole, resumed)
     plain = Module()
     found = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)
     plain.load_state_dict(found["state_dict"])
-    assert same(plain, whole)
+    assert same_weights(plain, whole)
 
 
 def test_without_the_stream_a_resumed_training_differs(tmp_path, monkeypatch):
@@ -123,7 +120,7 @@ def test_without_the_stream_a_resumed_training_differs(tmp_path, monkeypatch):
     make = lambda: SketchCallback("rows:keep=0.5")  # noqa: E731
     whole = fit(tmp_path, make(), checkpoints(tmp_path), enable_checkpointing=True)
     monkeypatch.setattr("backsketch.integrations.session.set_rng_state", lambda state: None)
-    assert not same(whole, fit(tmp_path, make(), resume=tmp_path / "epoch=0.ckpt"))
+    assert not same_weights(whole, fit(tmp_path, make(), resume=tmp_path / "epoch=0.ckpt"))
 
 
 def test_a_controller_follows_the_part_that_is_called(tmp_path):
@@ -203,7 +200,7 @@ def test_auto_that_resumes_is_the_one_that_went_on(tmp_path):
         for epoch in (0, 2):  # within a trial, and under a controller
             bs.seed(7)
             resumed, again = fit_auto(tmp_path, clock, resume=tmp_path / f"epoch={epoch}.ckpt")
-            assert same(whole, resumed)
+            assert same_weights(whole, resumed)
             assert again.rules == auto.rules
             assert again.result()["log"] == auto.result()["log"]
 

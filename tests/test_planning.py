@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from backsketch.models import build
 from backsketch.planning import CostEstimate, Plan, Profile, facade
 from backsketch.planning.measure import timing
 from backsketch.planning.measure.passes import passes
-from backsketch.planning.measure.recorder import backward, watching
+from backsketch.planning.measure.recorder import backward, unseen, watching
 from backsketch.planning.measure.rows import row_curve
 from backsketch.planning.plan import trial
 from backsketch.planning.plan.choices import choose, frontier
@@ -706,3 +707,14 @@ def test_the_solver_finds_the_optimum(costs, minimise, limit):
     total = [sum(p) for p in zip(*(options[i] for options, i in zip(costs, picked)))]
     assert total[minimise] == pytest.approx(min(feasible), abs=1e-3)
     assert all(t <= b + 1e-6 for t, b in zip(total, limits))
+
+
+def test_passes_that_are_no_training_are_hidden_in_their_own_thread_alone():
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    with watching(model, [""]) as calls, unseen(model):
+        model(x)
+        assert not calls[""]
+        thread = threading.Thread(target=model, args=(x,))
+        thread.start()
+        thread.join()
+    assert len(calls[""]) == 1

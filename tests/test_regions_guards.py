@@ -311,6 +311,16 @@ def test_a_flop_counter_is_no_obstacle_and_leaves_no_trace() -> None:
     for _ in range(2):
         model(x).sum().backward()
     assert state_of(model[0]).status == "active"
+    loss = model(x).sum()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == 8 * 8 * 8 * 2 + 16 * 8 * 8 * 2 * 4
+    assert state_of(model[0]).status == "active"
+    with FlopCounterMode(display=False):  # what was captured before is not recognised in there
+        model(x)
+    assert state_of(model[0]).status == "exact"
+    model(x).sum().backward()
+    assert state_of(model[0]).status == "active"
 
 
 def test_a_region_tells_that_compilation_is_switched_off(monkeypatch) -> None:

@@ -28,7 +28,7 @@ from backsketch.experiments.problems.objective import objective
 from backsketch.experiments.report import report
 from backsketch.experiments.store import Sweep
 from backsketch.experiments.views import trade_off
-from helpers import quiet, sweep_config
+from helpers import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "benchmarks" / "sweeps").glob("*.json"))
@@ -47,11 +47,6 @@ TINY = {
         }
     ],
 }
-
-
-@pytest.fixture
-def config(tmp_path) -> SweepConfig:
-    return sweep_config(tmp_path, TINY)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("accelerate")
 pytest.importorskip("typer")
-from typer.testing import CliRunner
 
 import backsketch as bs
-from backsketch import cli, models
+import helpers
+from backsketch import models
 from backsketch.experiments import SweepConfig, run_sweep
 from backsketch.experiments.report import report
 from backsketch.planning.measure import step as measure
@@ -388,7 +388,7 @@ def test_the_sweep_over_a_language_model_runs_and_is_reported(tiny_sweep, tmp_pa
 
 
 def invoke(*arguments: str):
-    return CliRunner().invoke(cli.make_app(), ["train", "--model", "gpt", *arguments])
+    return helpers.invoke("train", "--model", "gpt", *arguments)
 
 
 MISTAKES = [

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import backsketch as bs
 from backsketch.nn.swap import is_swapped
+from backsketch.planning.measure import recorder
+from helpers import same_weights
 from steering import Clock, steered_auto
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -63,10 +65,6 @@ def made(
     kind = trainer or transformers.Trainer
     data = examples(model)
     return kind(model, args, train_dataset=data, eval_dataset=data, callbacks=list(callbacks))
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
 def logged(trainer: Any, name: str) -> list[float]:
@@ -128,11 +126,11 @@ def test_without_measurements_the_stream_and_the_steps_are_the_same(tmp_path):
         trainer = made(tmp_path, SketchCallback("rows:keep=0.5", measure=measure))
         trainer.train()
         found.append(trainer.model)
-    assert same(*found)
+    assert same_weights(*found)
     assert logged(trainer, "backsketch/saved_bytes") == []
     exact = made(tmp_path)
     exact.train()
-    assert not same(exact.model, found[0])
+    assert not same_weights(exact.model, found[0])
 
 
 @pytest.mark.fast_cases("1-gpt2", "2-bert")
@@ -149,7 +147,7 @@ def test_a_training_that_resumes_is_the_one_that_went_on(tmp_path, build, accumu
     resumed = made(tmp_path, SketchCallback("rows:keep=0.5"), build=build, **options)
     bs.seed(7)  # another process has another stream
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert same(whole.model, resumed.model)
+    assert same_weights(whole.model, resumed.model)
     assert logged(whole, "loss")[-1] == pytest.approx(logged(resumed, "loss")[-1])
 
 
@@ -161,7 +159,7 @@ def test_without_the_stream_a_resumed_training_differs(tmp_path, monkeypatch):
     monkeypatch.setattr("backsketch.integrations.session.set_rng_state", lambda state: None)
     resumed = made(tmp_path, SketchCallback("rows:keep=0.5"), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert not same(whole.model, resumed.model)
+    assert not same_weights(whole.model, resumed.model)
 
 
 @pytest.mark.slow
@@ -177,7 +175,7 @@ def test_regions_and_their_controller_resume_bit_for_bit(tmp_path, restored):
     assert logged(whole, "backsketch/extra_variance")[-1] > 0
     resumed = made(tmp_path, make(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert same(whole.model, resumed.model)
+    assert same_weights(whole.model, resumed.model)
     name = "backsketch/extra_variance"
     assert logged(whole, name)[-1] == logged(resumed, name)[-1]
 
@@ -198,7 +196,7 @@ def test_evaluation_is_exact_and_draws_nothing(tmp_path):
     trainer.train()
     without = made(tmp_path, SketchCallback("rows:keep=0.5"), build=build)
     without.train()
-    assert same(trainer.model, without.model)
+    assert same_weights(trainer.model, without.model)
 
 
 LOADS = """
@@ -270,6 +268,41 @@ def test_auto_profiles_on_the_trainers_own_batches_and_loss(tmp_path):
     assert len(logged(trainer, "backsketch/arithmetic")) == 2
 
 
+def llama() -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=TOKENS, loss_type="ForCausalLM",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_decoder_that_fills_its_cache_can_be_profiled(build):
+    """Outside of a Trainer, which switches the cache off, it is on."""
+    model = build()
+    assert model.config.use_cache
+    tokens = torch.randint(40, (4, 4, TOKENS))
+    batches = [{"input_ids": rows, "labels": rows} for rows in tokens]
+    found = bs.profile(model, batches, lambda model, batch: model(**batch).loss)
+    assert found.sites
+
+
+def test_a_cache_that_is_kept_is_noticed(monkeypatch):
+    monkeypatch.setattr(recorder, "_is_cache", lambda value: False)
+    with pytest.raises(RuntimeError, match="second time"):
+        test_a_decoder_that_fills_its_cache_can_be_profiled(gpt2)
+
+
+def test_reentrant_checkpoints_are_measured_too(tmp_path):
+    options = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    trainer = made(tmp_path, SketchCallback("rows:keep=0.5"), **options)
+    trainer.train()
+    assert all(0.5 < share < 1 for share in logged(trainer, "backsketch/arithmetic"))
+
+
 def timed(trainer: Any, clock: Clock) -> Any:
     """The trainer, whose passes move a clock."""
     trainer.model.register_forward_pre_hook(lambda model, args: clock.pass_of(model))
@@ -288,7 +321,7 @@ def test_auto_that_resumes_is_the_one_that_went_on(tmp_path, build):
             bs.seed(7)
             resumed = timed(made(tmp_path, SketchCallback(), build=build, **options), clock)
             resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-            assert same(whole.model, resumed.model)
+            assert same_weights(whole.model, resumed.model)
 
 
 @pytest.mark.parametrize("overflows", [False, True])
@@ -424,7 +457,7 @@ resumed = t.made(folder, make(), **options)
 resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 parameters = torch.cat([p.detach().flatten() for p in whole.model.parameters()])
 digest = hashlib.sha256(parameters.numpy().tobytes()).hexdigest()
-print("found", t.same(whole.model, resumed.model), digest)
+print("found", t.same_weights(whole.model, resumed.model), digest)
 torch.distributed.destroy_process_group()
 """
 

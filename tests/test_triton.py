@@ -25,6 +25,7 @@ from backsketch.rounding import gpu as rounding_gpu
 from backsketch.sampling import gpu as draws
 from backsketch.sampling import inclusion_probabilities
 from backsketch.sampling.design import systematic
+from helpers import same
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter computes with NumPy, which warns where a NaN is made or cast, or an infinity made.
@@ -57,12 +58,6 @@ def operands(n: int, j: int, o: int) -> list[Tensor]:
     g *= (3 * torch.randn(n, 1, generator=generator)).exp()
     g[n // 2] = 0
     return [g, x, w]
-
-
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
 
 
 def rows_of(codes: Tensor, n: int, k: int, kind: str) -> Tensor:

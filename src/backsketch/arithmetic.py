@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backsketch.nn.swap import exact
 from backsketch.ops.flops import COUNTS
-from backsketch.torch_private import pytree
+from backsketch.torch_private import in_backward, pytree
 from backsketch.untouched import untouched
 
 __all__ = ["Arithmetic", "backward_arithmetic", "differentiate", "product_counter", "spread_batch"]
@@ -36,6 +36,7 @@ def backward_arithmetic(
 
     A module's backward has one product for its inputs and one for its weights, where they need gradients,
     each as large as its forward pass. Attention counts as its mathematical form, whichever kernel computes it.
+    What activation checkpointing computes again counts as part of the backward pass, and of no module.
 
     Args:
         model: any module; gradients, buffers and random streams are left as they were.
@@ -124,6 +125,8 @@ def _watch(
         started[0] = counter.get_total_flops()
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if in_backward():  # checkpointing runs the module again
+            return
         leaves = pytree.tree_leaves((args, kwargs))
         follows = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
         work = counter.get_total_flops() - started[0]

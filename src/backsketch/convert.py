@@ -43,7 +43,8 @@ def sketch_(model: nn.Module, rules: Any, *, strict: bool = False) -> Report:
             and the layers inside a region belong to it. Rules describe the whole model: a second call replaces
             the first.
         strict: a layer that a rule reaches and its sketch cannot act on is an error, instead of a row in the
-            report that gives the reason.
+            report that gives the reason. Modules of kinds that the library does not know are no layers: the
+            report counts them.
 
     Returns:
         A :class:`~backsketch.report.Report`: one row a site, sketched or left exact with the reason.

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from backsketch.arithmetic import differentiate, spread_batch
 from backsketch.regions import RegionModule
-from backsketch.torch_private import pytree
+from backsketch.torch_private import is_compiled, pytree
 from backsketch.untouched import untouched
 
 __all__ = ["SavedBytes", "kept_by", "peak_bytes", "peak_of", "saved_bytes"]
@@ -104,7 +104,7 @@ def saved_bytes(model: nn.Module, *inputs: Any, **options: Any) -> SavedBytes:
     """
     inputs, options = spread_batch(model, inputs, options)
     with untouched(model):
-        if _compiled(model):
+        if is_compiled(model):
             model(*inputs, **options)  # the hooks below must not be there when it is traced
         return kept_by(model, lambda: model(*inputs, **options), (inputs, options))
 
@@ -152,13 +152,9 @@ def _addresses(tensors: Any) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
-def _compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
-
-
 def _traceable(module: nn.Module) -> Iterator[nn.Module]:
     """Modules that may be given a hook: nothing in a compiled one or a region, which would be made anew."""
-    if _compiled(module):
+    if is_compiled(module):
         return
     yield module
     if isinstance(module, RegionModule):

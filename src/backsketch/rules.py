@@ -13,6 +13,7 @@ from torch import nn
 from backsketch.estimators import Sketch
 from backsketch.nn.registry import Adapter, adapter_of
 from backsketch.regions import Mask
+from backsketch.torch_private import compiled_from
 
 __all__ = ["Pattern", "Patterns", "Tree", "matches", "no_match", "normalise", "show", "unwrap"]
 
@@ -28,8 +29,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif (inner := compiled_from(model)) is not None:
+            model = inner
         else:
             return model
 

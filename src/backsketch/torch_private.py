@@ -1,7 +1,8 @@
 """All private interfaces of PyTorch that the library uses, each with the reason and the fallback.
 
-No other module imports a name with a leading underscore from ``torch``. What belongs to the compiler is
-imported inside the functions here, because it takes seconds that ``import backsketch`` need not spend.
+No other module imports a name with a leading underscore from ``torch``, or asks a tensor, a module or an
+operator for such an attribute; a subclass of a layer of ``torch.nn`` may ask itself. What belongs to the compiler
+is imported inside the functions here, because it takes seconds that ``import backsketch`` need not spend.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.conv import _ConvNd as ConvBase
@@ -31,11 +32,16 @@ __all__ = [
     "LossBase",
     "aot_autograd",
     "autocast_is_on",
+    "base_of",
     "batch_norm_with_statistics",
     "boxed",
+    "buffers_of",
     "changed_inputs",
+    "changes_arguments",
+    "checkpoints_allow_grad",
     "compile_inner",
     "compiled_entries",
+    "compiled_from",
     "compiler_error",
     "decompositions",
     "default_partition",
@@ -43,12 +49,16 @@ __all__ = [
     "forward_facts",
     "grouped_matmul",
     "hooks_are_guarded",
+    "in_backward",
+    "is_compiled",
     "is_functorch_wrapped",
+    "is_view",
     "layout_of",
     "load_compiler",
     "logging_is_left_out",
     "mark_dynamic",
     "min_cut_partition",
+    "position_of",
     "pytree",
     "recompile_limit",
     "recompile_limit_error",
@@ -63,6 +73,12 @@ __all__ = [
 
 
 # --- eager ------------------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass. Without the interface: never."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def is_functorch_wrapped(x: Tensor) -> bool:
@@ -155,13 +171,66 @@ def same_but_no_view(y: Tensor) -> Tensor:
     return y.clone() if operator is None else operator(y, y.shape)
 
 
+def is_view(x: Tensor) -> bool:
+    """Whether autograd takes ``x`` for a view. There is no public test; without one every tensor counts as one."""
+    test = getattr(x, "_is_view", None)
+    return True if test is None else bool(test())
+
+
+def base_of(x: Tensor) -> Tensor:
+    """What ``x`` is a view of, or ``x`` itself; where there is no telling, too."""
+    base = getattr(x, "_base", None)
+    return x if base is None else base
+
+
 def without_history(x: Tensor) -> Tensor:
     """``x``, or what it shows where it is a view, whose base would keep its own history alive.
 
-    Whether it is a view has no public test; without one every tensor is detached, at 1 µs each.
+    A tensor is detached at 1 µs.
     """
-    is_view = getattr(x, "_is_view", None)
-    return x.detach() if is_view is None or is_view() else x
+    return x.detach() if is_view(x) else x
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary in which a module itself holds its buffers, also those that are None.
+
+    ``named_buffers`` leaves those out. Without the private dictionary this one is empty: buffers that a module
+    assigns anew stay.
+    """
+    own: dict[str, Tensor | None] = getattr(module, "_buffers", {})
+    return own
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """The user's module inside what ``torch.compile`` made of it; None where ``module`` is no such thing.
+
+    It is public by the name of its parameters alone. Should the name change, sketches go into the wrapper, whose
+    modules are the same.
+    """
+    inner: nn.Module | None = getattr(module, "_modules", {}).get("_orig_mod")
+    return inner
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, by ``torch.compile`` or in place; without the private marks it was not."""
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or compiled_from(module) is not None
+
+
+def position_of(operator: Any, argument: str) -> int | None:
+    """Where an argument of an operator stands; None where it has none of that name.
+
+    The signature of an operator is public nowhere. Without it there is no such argument.
+    """
+    schema = getattr(operator, "_schema", None)
+    names = [] if schema is None else [a.name for a in schema.arguments]
+    return names.index(argument) if argument in names else None
+
+
+def changes_arguments(operator: Any) -> bool:
+    """Whether an operator changes an argument in place. Without a signature it counts as so."""
+    schema = getattr(operator, "_schema", None)
+    return True if schema is None else bool(schema.is_mutable)
 
 
 def autocast_is_on() -> bool:
@@ -404,6 +473,34 @@ def decompositions() -> dict[Any, Any]:
     except ImportError:
         return {}
     return dict(select_decomp_table())
+
+
+@contextmanager
+def checkpoints_allow_grad() -> Iterator[None]:
+    """Reentrant checkpoints inside run as those that are not: only these allow ``torch.autograd.grad``.
+
+    Who trains holds the function ``checkpoint`` itself, so what it calls is replaced. Without the interface
+    they stay as they are, and PyTorch refuses.
+    """
+    from torch.utils import checkpoint as module
+
+    before = getattr(module, "CheckpointFunction", None)
+    if before is None:
+        yield
+        return
+
+    class NotReentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            return module.checkpoint(
+                function, *args, use_reentrant=False, preserve_rng_state=preserve
+            )
+
+    module.__dict__["CheckpointFunction"] = NotReentrant
+    try:
+        yield
+    finally:
+        module.__dict__["CheckpointFunction"] = before
 
 
 def compile_inner(graph: Any, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:

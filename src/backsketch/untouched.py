@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from backsketch.sampling import get_rng_state, set_rng_state
+from backsketch.torch_private import buffers_of, checkpoints_allow_grad
 
 __all__ = ["repeatable", "seed_torch", "untouched"]
 
@@ -52,15 +53,18 @@ def untouched(
 
 @contextmanager
 def repeatable(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """PyTorch's stream and the buffers as before afterwards: two such blocks see the same dropout masks."""
+    """PyTorch's stream and the buffers as before afterwards: two such blocks see the same dropout masks.
+
+    What is checkpointed inside may be differentiated by ``torch.autograd.grad``, reentrant or not.
+    """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     buffers = [
-        (module._buffers, name, buffer)
+        (buffers_of(module), name, buffer)
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_of(module).items()
     ]
     values = [(b, b.detach().clone()) for b in model.buffers()]
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), checkpoints_allow_grad():
         if seed is not None:
             seed_torch(seed)
         try:

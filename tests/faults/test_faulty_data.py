@@ -20,11 +20,7 @@ from backsketch.train import TrainError, load_data  # noqa: E402
 
 CLASSES = datasets.ClassLabel(names=["a", "b", "c"])
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def image(seed: int = 0) -> Image.Image:

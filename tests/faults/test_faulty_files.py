@@ -15,22 +15,15 @@ import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("accelerate")
-from typer.testing import CliRunner
 
-from backsketch import cli, files
+from backsketch import files
 from backsketch.files import UserError, make_folder, only_one, write_whole
 from backsketch.train.checkpoint import DIGEST, digest, load_checkpoint, save_checkpoint
+from helpers import invoke
 
 QUICK = ["--widths=8", "--batch-size=256", "--epochs=2", "--threads=1", "--sketch=rows:keep=0.5"]
 
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli.make_app(), list(arguments))
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def refused(done, message: str) -> None:

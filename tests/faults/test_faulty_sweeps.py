@@ -10,12 +10,11 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 from rich.console import Console
-from typer.testing import CliRunner
 
-from backsketch import cli
 from backsketch.experiments import SweepConfig, SweepError, run_sweep
 from backsketch.experiments.report import report
 from backsketch.files import UserError, only_one
+from helpers import invoke
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 TINY = {
@@ -29,10 +28,6 @@ TINY = {
         }
     ],
 }
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(cli.make_app(), list(arguments))
 
 
 def gathered(folder: Path, **changes) -> Path:

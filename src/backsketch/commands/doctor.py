@@ -19,7 +19,13 @@ __all__ = ["Finding", "doctor_command", "findings", "print_plainly"]
 
 ROOMS = ("sampling", "rounding", "products")  # those with a C++ source of their own
 INTEGER_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
-EXTRAS = ("accelerate", "datasets", "matplotlib", "scikit-learn", "scipy", "typer")
+EXTRAS = {
+    "train": ("accelerate", "datasets", "matplotlib", "scikit-learn", "typer"),
+    "text": ("tokenizers", "transformers"),
+    "transformers": ("accelerate", "transformers"),
+    "lightning": ("lightning",),
+    "cluster": ("distributed",),
+}
 
 
 @dataclass(frozen=True)
@@ -138,13 +144,14 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    missing = [name for name in EXTRAS if package_version(name) == "not installed"]
-    yield Finding(
-        "extras",
-        "all there" if not missing else f"{', '.join(missing)} missing",
-        "" if not missing else 'pip install "backsketch[train]"',
-        not missing,
-    )
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if package_version(name) == "not installed"]
+        yield Finding(
+            f"extra {extra}",
+            f"{', '.join(missing)} missing" if missing else "all there",
+            f'pip install "backsketch[{extra}]"' if missing else "",
+            not missing or extra != "train",
+        )
 
 
 LINES: tuple[Callable[[], Iterator[Finding]], ...] = (

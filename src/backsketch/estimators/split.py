@@ -82,6 +82,10 @@ class Split(Estimator):
         return self._weight.saves_memory
 
     @property
+    def needs_pairs(self) -> bool:  # type: ignore[override]
+        return self._input.needs_pairs or self._weight.needs_pairs
+
+    @property
     def needs_rows(self) -> bool:  # type: ignore[override]
         return self._input.needs_rows or self._weight.needs_rows
 

@@ -126,7 +126,7 @@ class SketchedMultiheadAttention(Swapped, nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sketch, bias = self._backsketch, self.in_proj_bias
         dim = self.embed_dim
-        if self._qkv_same_embed_dim and key is value:
+        if self.in_proj_weight is not None and key is value:
             weight = self.in_proj_weight
             if query is key:
                 packed = ops.linear(query, weight, bias, sketch)
@@ -136,7 +136,7 @@ class SketchedMultiheadAttention(Swapped, nn.MultiheadAttention):
             b_q, b_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
             k, v = _unpack(ops.linear(key, w_kv, b_kv, sketch), 2, dim)
             return ops.linear(query, w_q, b_q, sketch), k, v
-        if self._qkv_same_embed_dim:
+        if self.in_proj_weight is not None:
             parts = self.in_proj_weight.chunk(3)
         else:
             parts = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -230,7 +230,7 @@ def _check_masks(padding: Tensor | None, mask: Tensor | None, is_causal: bool) -
 
 def _weights(module: nn.Module) -> list[tuple[Bilinear, Tensor]]:
     assert isinstance(module, nn.MultiheadAttention)
-    if module._qkv_same_embed_dim:
+    if module.in_proj_weight is not None:
         inner = [module.in_proj_weight]
     else:
         inner = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]

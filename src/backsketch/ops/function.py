@@ -13,7 +13,7 @@ from backsketch.estimators.base import Gradients
 from backsketch.ops.double_backward import without_double_backward
 from backsketch.ops.opaque import OPAQUE
 from backsketch.sampling import next_seed
-from backsketch.torch_private import same_but_no_view, transforms_are_active
+from backsketch.torch_private import is_view, same_but_no_view, transforms_are_active
 
 __all__ = ["apply", "as_own_tensor"]
 
@@ -63,7 +63,7 @@ class _PlainLayer(Function):
         op, _, x, weight, bias, *_ = arguments
         y: Tensor = op.forward(x, weight, bias)
         _SketchedLayer.setup_context(ctx, arguments, y)
-        return as_own_tensor(y) if y._is_view() else y
+        return as_own_tensor(y) if is_view(y) else y
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:

@@ -15,7 +15,6 @@ from backsketch.torch_private import layout_of
 
 __all__ = [
     "GROUP",
-    "MASK_BLOCK",
     "PACKERS",
     "bmm_operator",
     "convolution_operator",
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 GROUP = 64  # entries that share a scale
-MASK_BLOCK = 512  # entries of a mask that are packed together
 vjps_operator = torch.ops.backsketch.int8_vjps.default
 next_seed_operator = torch.ops.backsketch.next_seed.default
 _SLICE = 1 << 20  # streams of two slices of a batched product are that far apart

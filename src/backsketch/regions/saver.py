@@ -18,6 +18,7 @@ from backsketch.regions.partition import args_of, backward_nodes, name_of
 from backsketch.regions.row_groups import RowGroups
 from backsketch.regions.share import numel
 from backsketch.regions.structure import RowSymbols, is_random
+from backsketch.rounding.eager import BLOCK
 
 __all__ = ["RESHAPES", "SEED", "STREAM", "Saver", "Use", "source_of"]
 
@@ -146,7 +147,7 @@ class Saver:
 
     def can_mask(self, node: fx.Node) -> bool:
         """Whether one bit for each entry of a tensor can be kept."""
-        return self._fits(node, low.MASK_BLOCK)
+        return self._fits(node, BLOCK)
 
     def _fits(self, node: fx.Node, size: int) -> bool:
         return self._rows is None or self._rows.fit(node, size)

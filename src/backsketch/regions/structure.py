@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from backsketch.regions.rows import Layout
+from backsketch.torch_private import position_of
 
 __all__ = [
     "Coupled",
@@ -94,10 +95,9 @@ def is_random(node: fx.Node) -> bool:
     """Whether running the node again gives other values; attention without dropout does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    if "dropout_p" not in names:
+    i = position_of(node.target, "dropout_p")
+    if i is None:
         return True
-    i = names.index("dropout_p")
     p: Any = node.args[i] if len(node.args) > i else node.kwargs.get("dropout_p", 0.0)
     return bool(p != 0)
 

@@ -286,7 +286,9 @@ _row_affine = operator(
 _mask = operator(
     "mask(Tensor x, float low, float high) -> Tensor",
     _mask_impl,
-    lambda x, low, high: x.new_empty((x.numel() + 511) // 512 * 64, dtype=torch.uint8),
+    lambda x, low, high: x.new_empty(
+        (x.numel() + eager.BLOCK - 1) // eager.BLOCK * (eager.BLOCK // 8), dtype=torch.uint8
+    ),
 )
 _masked = operator(
     "masked(Tensor cotangent, Tensor bits, float outside) -> Tensor", _masked_impl, _like

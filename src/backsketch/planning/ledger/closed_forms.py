@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.nn.registry import adapter_of
@@ -16,6 +16,7 @@ from backsketch.planning.measure.passes import Caught, SketchedSite
 from backsketch.planning.measure.rows import row_curve
 from backsketch.regions import Mask, Region
 from backsketch.regions.rows import scores
+from backsketch.torch_private import base_of
 
 __all__ = ["Injected", "own_weights", "predicted"]
 
@@ -34,7 +35,8 @@ def own_weights(site: SketchedSite) -> set[int]:
         return set()
     adapter = adapter_of(site.module)
     assert adapter is not None
-    return {id(weight) for _, weight in adapter.weights(site.module)}
+    # Some kinds hold a weight transposed, some several in one.
+    return {id(base_of(weight)) for _, weight in adapter.weights(site.module)}
 
 
 def predicted(site: SketchedSite, caught: Caught) -> Injected:
@@ -55,12 +57,14 @@ def predicted(site: SketchedSite, caught: Caught) -> Injected:
     if adapter.is_exact:
         return Injected(0.0, 0.0)
     op = adapter.product(site.module, caught.inputs[0])
-    return Injected(None, None) if op is None else _layer(site.sketch, op, site.module, caught)
+    if op is None:
+        return Injected(None, None)
+    ((_, weight),) = adapter.weights(site.module)
+    return _layer(site.sketch, op, weight, caught)
 
 
-def _layer(sketch: Estimator, op: Bilinear, module: nn.Module, caught: Caught) -> Injected:
-    weight, x = module.weight, caught.inputs[0]
-    assert isinstance(weight, Tensor)
+def _layer(sketch: Estimator, op: Bilinear, weight: Tensor, caught: Caught) -> Injected:
+    x = caught.inputs[0]
     g = op.rows(caught.cotangents[0])
     if g.shape[0] > (op.pair_rows if sketch.needs_pairs else op.gram_rows):
         return Injected(None, None)
@@ -68,7 +72,7 @@ def _layer(sketch: Estimator, op: Bilinear, module: nn.Module, caught: Caught) -
         travels = (
             float(sketch.input_variance(op, g, weight.detach())) if caught.grad_inputs else 0.0
         )
-        own = float(sketch.weight_variance(op, g, x)) if weight.requires_grad else 0.0
+        own = float(sketch.weight_variance(op, g, x)) if base_of(weight).requires_grad else 0.0
     except ValueError:  # the estimators say so where they have no closed form
         return Injected(None, None)
     return Injected(travels, own)

@@ -24,6 +24,7 @@ __all__ = [
     "backward",
     "fresh",
     "listen",
+    "repeatable_arguments",
     "rerun",
     "tensors_of",
     "unseen",
@@ -128,6 +129,24 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
+def repeatable_arguments(tree: Any) -> Any:
+    """Arguments to be called with again: tensors as leaves, no caches of keys and values.
+
+    A decoder's cache grows with each call, and holds the graph of the call before.
+    """
+
+    def again(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return fresh(leaf)
+        return None if _is_cache(leaf) else leaf
+
+    return pytree.tree_map(again, tree, is_leaf=_is_cache)
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
 def fresh(t: Tensor) -> Tensor:
     """A leaf of the same values, to be called with again."""
     return t.detach().requires_grad_(t.requires_grad)
@@ -177,7 +196,7 @@ def watching(model: nn.Module, names: Iterable[str]) -> Iterator[Calls]:
     turns = itertools.count()
 
     def called(found: list[Call], args: Any, kwargs: Any) -> Call:
-        args, kwargs = pytree.tree_map_only(Tensor, fresh, (args, kwargs))
+        args, kwargs = repeatable_arguments((args, kwargs))
         found.append(Call(args, kwargs, turn=next(turns)))
         return found[-1]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backsketch.planning.measure.recorder import fresh, listen, tensors_of, vjp
+from backsketch.planning.measure.recorder import listen, repeatable_arguments, tensors_of, vjp
 from backsketch.sampling import keyed
 from backsketch.torch_private import pytree
 from backsketch.untouched import untouched
@@ -119,7 +119,7 @@ class Replay:
         for state in self.call.states[1:]:
             torch.cuda.set_rng_state(state, _device(self.model))
         self.restart(number)
-        args, kwargs = pytree.tree_map_only(Tensor, fresh, self._arguments(rows))
+        args, kwargs = repeatable_arguments(self._arguments(rows))
         kind, dtype, on = self.call.autocast
         with torch.enable_grad(), torch.autocast(kind, dtype, enabled=on):
             outputs = [t for t in tensors_of(self.model(*args, **kwargs)) if t.requires_grad]

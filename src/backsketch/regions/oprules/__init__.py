@@ -26,6 +26,7 @@ from backsketch.regions.oprules import (
 )
 from backsketch.regions.oprules.registry import RULES
 from backsketch.regions.structure import Coupled, Label, Proof, describe
+from backsketch.torch_private import changes_arguments
 
 __all__ = ["KINDS", "RULES", "label_of"]
 
@@ -41,8 +42,7 @@ def label_of(proof: Proof, node: fx.Node) -> Label:
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
     if getattr(target, "namespace", "") not in _NAMESPACES and not _is_ours(target, name):
         raise Coupled(f"{describe(node)} is not known to keep rows apart")
-    schema = getattr(target, "_schema", None)
-    if schema is not None and schema.is_mutable:
+    if changes_arguments(target):
         raise Coupled(f"{describe(node)} updates a tensor in place")
     if name in RULES:
         return RULES[name](proof, node)

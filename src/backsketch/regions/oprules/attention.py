@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from backsketch.regions.oprules.registry import arg, first_rows, rule
 from backsketch.regions.rows import Layout
 from backsketch.regions.structure import Coupled, Label, Proof, describe, shape_of
+from backsketch.torch_private import position_of
 
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
@@ -34,9 +35,8 @@ def _attention(proof: Proof, node: fx.Node) -> Label:
 
 
 def _no_attention_dropout(node: fx.Node) -> None:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    p = arg(node, names.index("dropout_p"), "dropout_p", 0.0)
-    if p:
+    i = position_of(node.target, "dropout_p")
+    if i is None or arg(node, i, "dropout_p", 0.0):
         raise Coupled(
             f"{describe(node)} has dropout inside the fused kernel, which cannot replay it row by row"
         )

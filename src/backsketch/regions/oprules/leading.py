@@ -24,7 +24,7 @@ def leading(proof: Proof, node: fx.Node) -> Label:
 
 @rule("native_group_norm", "_native_batch_norm_legit_no_training", "convolution")
 @rule("cudnn_batch_norm", "miopen_batch_norm", "native_batch_norm", "_native_batch_norm_legit")
-@rule("_native_batch_norm_legit_functional", "_batch_norm_with_update", "batch_norm_with_update")
+@rule("_native_batch_norm_legit_functional", "_batch_norm_with_update")
 @rule("_batch_norm_with_update_functional", "_convolution")
 def _leading_with_parameters(proof: Proof, node: fx.Node) -> Label:
     name = node.target.overloadpacket.__name__  # type: ignore[union-attr]

@@ -12,13 +12,13 @@ from backsketch.regions.structure import Coupled, Label, Proof, describe, shape_
     "slice", "flip", "roll", "cumsum", "cumprod", "logcumsumexp", "sort", "topk", "split", "chunk"
 )
 @rule("split_with_sizes", "narrow", "_softmax", "_log_softmax", "softmax", "log_softmax", "glu")
-@rule("cummax", "cummin", "kthvalue", "unfold", "_safe_softmax", "prims_svd", "slice_scatter")
-@rule("select_scatter", "renorm")
+@rule("cummax", "cummin", "kthvalue", "unfold", "_safe_softmax", "slice_scatter")
+@rule("select_scatter")
 def _along_dim(proof: Proof, node: fx.Node) -> Label:
     """Operators on lines along one dimension that leave the others where they are."""
     name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
     position = {"slice": 1, "topk": 2, "split": 2, "chunk": 2, "split_with_sizes": 2, "kthvalue": 2}
-    position |= {"roll": 2, "slice_scatter": 2, "select_scatter": 2, "renorm": 2}
+    position |= {"roll": 2, "slice_scatter": 2, "select_scatter": 2}
     default = {"slice": 0, "split": 0, "chunk": 0, "split_with_sizes": 0, "slice_scatter": 0}
     tensor, at = source(proof, node)
     num_dims = ndim(tensor)
@@ -47,6 +47,16 @@ def _transform(proof: Proof, node: fx.Node) -> Label:
 
 def _whole(source: fx.Node, node: fx.Node) -> bool:
     return all(a == b for a, b in zip(shape_of(source), shape_of(node)))
+
+
+@rule("renorm")
+def _renorm(proof: Proof, node: fx.Node) -> Label:
+    """Each slice along one dimension by its own norm, over all other dimensions."""
+    tensor, at = source(proof, node)
+    num_dims = ndim(tensor)
+    kept = int(arg(node, 2, "dim")) % num_dims
+    refuse_along(node, at, [d for d in range(num_dims) if d != kept])
+    return at
 
 
 @rule("tril", "triu")

@@ -8,11 +8,11 @@ from torch import Tensor, fx
 from backsketch.regions.oprules.registry import rule, source
 from backsketch.regions.rows import Layout
 from backsketch.regions.structure import Coupled, Label, Proof, RowSymbols, describe
+from backsketch.rounding.eager import BLOCK
 
 __all__ = ["OPERATORS", "in_whole_groups"]
 
 _GROUP_AT = {"pack": 4, "pack_slope": 6}  # where the number of entries of a group is
-_MASK_BLOCK = 512
 OPERATORS = frozenset({*_GROUP_AT, "mask", "next_seed"})
 """Those of this library that have a rule."""
 
@@ -32,7 +32,7 @@ def _in_groups(proof: Proof, node: fx.Node) -> Label:
         raise Coupled(f"{describe(node)} combines rows with other rows")
     if at is None:
         return None
-    size = node.args[_GROUP_AT[name]] if name in _GROUP_AT else _MASK_BLOCK
+    size = node.args[_GROUP_AT[name]] if name in _GROUP_AT else BLOCK
     assert isinstance(size, int)
     if at.dim != 0 or not in_whole_groups(proof.rows, tensor.meta["val"], size):
         raise Coupled(f"{describe(node)} rounds entries of several rows together")
