@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+import threading
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from backsketch.planning.control.estimate import Estimate
 from backsketch.planning.control.observer import Observer
 from backsketch.planning.control.schedule import Schedule
 from backsketch.planning.control.sites import movable_sites
+from backsketch.planning.measure.recorder import unseen
 from backsketch.planning.measure.replay import Recorder
 from backsketch.planning.measure.rows import RowCurve, row_curve
 from backsketch.planning.measure.step import extra_variance
@@ -452,6 +454,23 @@ def test_a_measurement_between_two_steps_is_not_taken_for_a_step(digits):
     assert (recorder.call, recorder.count, len(scores)) == (None, 0, 0)
     train(model, digits, 1)
     assert (recorder.count, len(scores)) == (1, 1)
+
+
+def test_a_measurement_in_another_thread_hides_no_step_of_this_one(digits):
+    model, begun, done = mlp(), threading.Event(), threading.Event()
+
+    def measure():
+        with unseen(nn.Identity()):
+            begun.set()
+            done.wait()
+
+    recorder, thread = Recorder(model), threading.Thread(target=measure)
+    thread.start()
+    begun.wait()
+    loss_of(model, drawn(digits, 0)[0]).backward()
+    done.set()
+    thread.join()
+    assert recorder.count == 1
 
 
 def test_measuring_leaves_no_trace(digits):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
     from backsketch.planning.ledger.records import Ledger
     from backsketch.planning.plan.plan import Plan
-    from backsketch.planning.profiling.records import Option, ProfileData, SiteProfile
+    from backsketch.planning.profiling.records import Option, ProfileData
 
 __all__ = ["plot_ledger", "plot_profile"]
 
@@ -33,19 +35,24 @@ _COLOURS = {"isolated": "#9fb3c0", "joint": "#d1495b", "predicted": "#2b2d34"}
 
 def plot_profile(profile: ProfileData, plan: Plan | None) -> Figure:
     """A panel per family of sketches; see :meth:`backsketch.planning.Profile.plot`."""
+    kinds = [site.name.rpartition(".")[2] or "(model)" for site in profile.sites]
+    counts = Counter(kinds)
+    markers = dict(zip(counts, itertools.cycle(_MARKERS)))
+    depths = [kinds[:i].count(kind) / max(counts[kind] - 1, 1) for i, kind in enumerate(kinds)]
+    styles = [(markers[kind], 0.15 + 0.7 * depth) for kind, depth in zip(kinds, depths)]
     families = [f for f in _TITLES if any(o.family == f for s in profile.sites for o in s.options)]
     figure = _new_figure(4.2 * max(len(families), 1) + 1.6, 4.4)
     panels = figure.subplots(1, max(len(families), 1), sharey=True, sharex=True, squeeze=False)[0]
     for axes, family in zip(panels, families):
-        _panel(axes, profile, plan, family)
+        _panel(axes, profile, plan, family, styles)
     limits = panels[0].get_xlim(), panels[0].get_ylim()
     for axes in panels:
         _break_even(axes, profile, *limits)
     panels[0].set_ylabel("change of a step's time, %")
-    for i, kind in enumerate(_kinds(profile)):
-        label = f"{kind} (lighter: later)" if _count(profile, kind) > 1 else kind
+    for kind, marker in markers.items():
+        label = f"{kind} (lighter: later)" if counts[kind] > 1 else kind
         panels[0].plot(
-            [], [], color="#5b6770", marker=_marker(i), markersize=4, linewidth=1, label=label
+            [], [], color="#5b6770", marker=marker, markersize=4, linewidth=1, label=label
         )
     handles = {t: h for a in panels for h, t in zip(*a.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
@@ -61,15 +68,18 @@ def plot_profile(profile: ProfileData, plan: Plan | None) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, profile: ProfileData, plan: Plan | None, family: str) -> None:
-    seen: dict[str, int] = {}
-    for site in profile.sites:
-        kind = _kind(site)
-        depth = seen[kind] = seen.get(kind, -1) + 1
+def _panel(
+    axes: Axes,
+    profile: ProfileData,
+    plan: Plan | None,
+    family: str,
+    styles: Sequence[tuple[str, float]],
+) -> None:
+    """The sites in their markers and shades, with what is in the plan."""
+    for site, style in zip(profile.sites, styles):
         options = [o for o in site.options if o.family == family]
         if options:
-            shade = 0.15 + 0.7 * depth / max(_count(profile, kind) - 1, 1)
-            _line(axes, profile, options, _marker(_kinds(profile).index(kind)), shade)
+            _line(axes, profile, options, *style)
         for option in options:
             if plan is not None and option.rules.items() <= dict(plan.texts).items():
                 _point(axes, profile, option)
@@ -78,22 +88,6 @@ def _panel(axes: Axes, profile: ProfileData, plan: Plan | None, family: str) -> 
     axes.set_title(_TITLES[family], fontsize=10)
     axes.set_xlabel("extra variance, of SGD's")
     axes.grid(alpha=0.25, which="major")
-
-
-def _kind(site: SiteProfile) -> str:
-    return site.name.rpartition(".")[2] or "(model)"
-
-
-def _kinds(profile: ProfileData) -> list[str]:
-    return list(dict.fromkeys(_kind(s) for s in profile.sites))
-
-
-def _count(profile: ProfileData, kind: str) -> int:
-    return sum(_kind(s) == kind for s in profile.sites)
-
-
-def _marker(kind: int) -> str:
-    return _MARKERS[kind % len(_MARKERS)]
 
 
 def _line(

@@ -17,7 +17,7 @@ from backsketch.planning.auto.budget import Budget, Stopwatch
 from backsketch.planning.auto.guard import SpeedGuard
 from backsketch.planning.auto.proposals import PROFILE_COST, Proposal, Rules, parsed
 from backsketch.planning.auto.usage import Usage
-from backsketch.planning.control.controller import Controller
+from backsketch.planning.control.controller import TARGET, Controller
 from backsketch.planning.control.ranks import of_first
 from backsketch.planning.control.sites import movable_sites
 from backsketch.planning.facade import Profile
@@ -30,7 +30,6 @@ from backsketch.torch_private import load_compiler
 
 __all__ = ["INTERVAL", "TARGET", "Auto"]
 
-TARGET = 0.05
 INTERVAL = 300  # a number, so that a resumed run is the same run
 _SETTLED_EVERY = 20  # steps between agreements of several ranks on what was spent
 

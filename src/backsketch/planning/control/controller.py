@@ -20,8 +20,9 @@ from backsketch.planning.profiling.records import ProfileData
 from backsketch.rules import unwrap
 from backsketch.theory.advice import effective_batch, in_words
 
-__all__ = ["Change", "Controller"]
+__all__ = ["TARGET", "Change", "Controller"]
 
+TARGET = 0.05  # extra variance
 _ATTEMPTS = 3
 _COMPILED_PLANS = 8  # Dynamo's recompile limit
 
@@ -78,7 +79,7 @@ class Controller:
     def __init__(
         self,
         model: nn.Module,
-        target_extra_variance: float | None = 0.05,
+        target_extra_variance: float | None = TARGET,
         *,
         profile: ProfileData | None = None,
         warmup: int = 0,

@@ -75,10 +75,10 @@ def listen(
         Handles, to be removed.
     """
     records: list[Any] = []
-    since = _UNSEEN.marks[-1]
+    since = _UNSEEN.block
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        follows = torch.is_grad_enabled() and since is _UNSEEN.marks[-1]
+        follows = torch.is_grad_enabled() and since is _UNSEEN.block
         records.append(called(args, kwargs) if follows else None)
 
     def after(_: nn.Module, args: Any, output: Any) -> None:
@@ -98,10 +98,9 @@ def listen(
 
 
 class _Unseen(threading.local):
-    """The blocks that are open in this thread, a mark each: another one may train meanwhile."""
+    """The innermost block that is open in a thread, as a mark of its own."""
 
-    def __init__(self) -> None:
-        self.marks: list[object] = [None]
+    block: object = None
 
 
 _UNSEEN = _Unseen()
@@ -115,11 +114,11 @@ def unseen(model: nn.Module) -> Iterator[None]:
     """
     found = [scores_of(m) for m in model.modules() if isinstance(m, RegionModule)]
     collected = [(trace, list(trace)) for trace in found if trace is not None]
-    _UNSEEN.marks.append(object())
+    outer, _UNSEEN.block = _UNSEEN.block, object()
     try:
         yield
     finally:
-        _UNSEEN.marks.pop()
+        _UNSEEN.block = outer
         for trace, before in collected:
             trace.clear()
             trace.extend(before)
