@@ -20,7 +20,6 @@ from mutations import halve_the_dither_of_products
 
 KEYS = ((1, 2), (3, 4), (5, 6), (7, 8))
 SHAPES = [(5, 3, 7), (1, 1, 1), (300, 100, 70), (261, 64, 2100), (700, 33, 129), (513, 96, 50)]
-needs_native = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here")
 
 
 @pytest.fixture(params=[True, False], ids=["tiles", "vectors"])

@@ -12,7 +12,7 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define WITH_VNNI 1
 #else
@@ -93,7 +93,7 @@ inline f16 floats(const Bfloat *x) {
 }
 
 // The first `count` of 16 entries, zeros after them.
-#if WITH_VNNI && defined(__AVX512VL__)
+#if WITH_VNNI
 
 inline __mmask16 mask_of(i64 count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
 
@@ -172,6 +172,9 @@ inline void scale_of(i32 bits, float &step, float &rate) {
   }
 }
 
+// A loop over the rows or vectors of a step is unrolled, so that they live in registers.
+#define EACH_OF(name, count) _Pragma("GCC unroll 4") for (int name = 0; name < (count); name++)
+
 inline v16 iota() { return v16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 #if WITH_VNNI
@@ -184,7 +187,7 @@ inline void add_products(__m512i &sum, __m512i left, __m512i right) {
 
 // The loops over a tile are unrolled from the outside in, so that its sums live in registers.
 #define EACH_ROW _Pragma("GCC unroll 6") for (int m = 0; m < M; m++)
-#define EACH_VECTOR _Pragma("GCC unroll 4") for (int v = 0; v < V; v++)
+#define EACH_VECTOR EACH_OF(v, V)
 
 #endif
 

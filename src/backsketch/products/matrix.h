@@ -20,9 +20,6 @@ namespace {
 // Rounding
 // --------------------------------------------------------------------------------------------------------------
 
-// The loops over what a line holds are unrolled, so that it lives in registers.
-#define EACH_OF(name, count) _Pragma("GCC unroll 4") for (int name = 0; name < (count); name++)
-
 // 32 columns of up to four rows of G: codes to `flat` and, four rows interleaved, to `panels`.
 template <bool WHOLE, class T>
 inline void round_rows_at(i64 c, const T *g, i64 columns, i64 row, int count, i64 words, Key key, const f16 *rates, u8 *flat, i64 ld,
@@ -91,8 +88,6 @@ template <class T, int V, bool FACTORS>
 void round_panel(const T *x, i64 ld, i64 columns, i64 first, i64 row, i64 rows, const float *factors, Key key, Out out, float *steps,
                  float *sums) {
   const i64 words = up(columns, 32) / 2;
-  // A panel may begin in the middle of the 32 columns that share random words.
-  const bool odd = V == 1 && (first / 16) & 1;
   const auto value = [&](i64 r, int v) {
     const i64 c = first + 16 * v;
     const f16 entry = columns - c >= 16 ? floats(x + r * ld + c) : some_floats(x + r * ld + c, columns - c);
@@ -125,7 +120,7 @@ void round_panel(const T *x, i64 ld, i64 columns, i64 first, i64 row, i64 rows, 
         EACH_OF(h, 2) {
           const int v = 2 * pair + h;
           if (v >= V) break;
-          const v16 code = rounded(value(k + r, v), rates[v], (v16)(h || odd ? bits >> 16 : bits & 0xffff));
+          const v16 code = rounded(value(k + r, v), rates[v], (v16)(h ? bits >> 16 : bits & 0xffff));
           packed[v] |= code << (int)(8 * r);
           total[v] += code;
         }
@@ -145,7 +140,7 @@ void round_panel(const T *x, i64 ld, i64 columns, i64 first, i64 row, i64 rows, 
   }
 }
 
-// A block of rows by column, each row times its factor: codes in a panel of up to RIGHT columns.
+// A block of rows by column, each row times its factor: codes in a panel of up to RIGHT columns, from a multiple of RIGHT on.
 template <class T>
 void round_columns(const T *x, i64 ld, i64 columns, i64 first, i64 row, i64 rows, const float *factors, Key key, Out out, float *steps,
                    float *sums) {
@@ -195,8 +190,7 @@ __attribute__((noinline)) void tile(const Left &a, i64 i, const Right &b, i64 fi
   __m512i sum[M][V];
   EACH_ROW rows[m] = a.row(i + m);
   EACH_VECTOR {
-    const i64 left = b.columns - first - 16 * v;
-    masks[v] = left >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << left) - 1);
+    masks[v] = mask_of(b.columns - first - 16 * v);
     const __m512i totals = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(masks[v], b.sums + first + 16 * v));
     const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(totals, 7));
     EACH_ROW sum[m][v] = start;
@@ -268,8 +262,8 @@ void scale_sums(const i32 *sums, i64 rows, const Right &b, i64 first, const floa
   __m512i zeros[2];
   __m512 steps[2];
   EACH_OF(v, 2) {
-    const i64 at = first + 16 * v, many = std::clamp<i64>(b.columns - at, 0, 16);
-    masks[v] = (__mmask16)((1u << many) - 1);
+    const i64 at = first + 16 * v;
+    masks[v] = mask_of(b.columns - at);
     zeros[v] = _mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_maskz_loadu_ps(masks[v], b.sums + at)), 7);
     steps[v] = _mm512_maskz_loadu_ps(masks[v], b.steps + at);
   }
