@@ -210,12 +210,12 @@ def test_the_noise_of_dropout_is_not_taken_for_that_of_a_sketch():
 
 
 def test_a_profile_runs_the_model_no_more_than_it_must(vit, monkeypatch):
-    """Once for the sites, four exact passes and one more for the time, three forward passes, one for the bytes."""
-    propose(monkeypatch, {})
+    """Once for the sites, four exact passes and one more for the time, one for the bytes."""
+    monkeypatch.setattr(facade, "tried", lambda found, *_: found)
     passes = []
     with vit.register_forward_pre_hook(lambda *_: passes.append(1)):
         bs.profile(vit, batches((3, 16, 16), 6), loss_fn, progress=False)
-    assert len(passes) == 10
+    assert len(passes) == 7
 
 
 @pytest.mark.slow
@@ -573,6 +573,40 @@ def test_a_plan_that_does_not_hold_as_a_whole_is_dropped():
     held = dataclasses.replace(profile, trials=(better,)).plan()
     assert held.texts == first.texts
     assert held.predicted.time_ratio == 0.4
+
+
+def test_8_bits_everywhere_are_measured_where_no_single_site_shows_what_they_save():
+    profile = with_int8(seconds=-0.05, error=0.06)
+    assert profile.plan().is_exact
+    everywhere = trial._next(profile)
+    assert everywhere is not None
+    assert everywhere.texts == {"b0": "int8", "b1": "int8"}
+    for ratio, holds in ((0.88, True), (0.985, False), (1.02, False)):
+        seen = dataclasses.replace(profile, trials=(Trial(everywhere.texts, ratio, 0.01, 2e-4),))
+        assert trial._next(seen) is None
+        assert seen.plan().texts == (everywhere.texts if holds else {})
+        assert seen.auto_plan().texts == seen.plan().texts
+    assert (
+        trial._next(with_int8(seconds=0.05, error=0.01)) is None
+    )  # not a single timing is in doubt
+    sites = (profile.sites[0], with_int8(seconds=-0.1).sites[1])  # the second site shows it
+    some = dataclasses.replace(profile, sites=sites)
+    first = trial._next(some)
+    assert first is not None
+    assert first.texts == {"b1": "int8"}
+    some = dataclasses.replace(some, trials=(Trial(first.texts, 0.9, 0.01, 1e-4),))
+    second = trial._next(some)
+    assert second is not None
+    assert second.texts == everywhere.texts
+
+
+def test_a_plan_with_rows_that_holds_is_measured_alone():
+    profile = with_int8(rows=[("save", "region", 0.5, -0.25, 0.01)])
+    plan = trial._next(profile)
+    assert plan is not None
+    assert set(plan.texts.values()) == {"region:keep=0.5"}
+    seen = dataclasses.replace(profile, trials=(Trial(plan.texts, 0.5, 0.01, 0.02),))
+    assert trial._next(seen) is None
 
 
 def test_a_plan_is_measured_before_it_is_proposed(vit, monkeypatch):

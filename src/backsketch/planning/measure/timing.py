@@ -79,7 +79,7 @@ class Effort:
 OF_A_SITE = Effort(3, 4, known=0.05)
 """Many sketches of many sites, in a profile."""
 
-OF_A_TRIAL = Effort(2, 6)
+OF_A_TRIAL = Effort(2, 3)
 """A whole plan, before a profile proposes it."""
 
 OF_A_PLAN = Effort(7, 15, known=0.015, seconds=2)

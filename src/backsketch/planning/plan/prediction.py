@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from backsketch.estimators import parse
 from backsketch.planning.plan.plan import CostEstimate, Plan
@@ -12,7 +13,16 @@ from backsketch.planning.profiling.records import Option, ProfileData
 from backsketch.regions import Mask
 from backsketch.theory.cost import smaller_batch_ratio, time_to_target_ratio
 
-__all__ = ["Picked", "assembled", "chosen", "exact_plan", "option_variance", "predict"]
+__all__ = [
+    "Picked",
+    "assembled",
+    "chosen",
+    "everywhere_in_8_bits",
+    "exact_plan",
+    "measured_plans",
+    "option_variance",
+    "predict",
+]
 
 Picked = Sequence[Option | None]
 """An option for each site, None where it stays exact."""
@@ -61,6 +71,20 @@ def exact_plan(profile: ProfileData, reason: str) -> Plan:
     """The plan that sketches nothing."""
     cost = CostEstimate(1.0, 0.0, profile.saved_bytes, 1.0, _smaller_batch(profile))
     return Plan({}, cost, reason, tuple(s.name for s in profile.sites))
+
+
+def everywhere_in_8_bits(profile: ProfileData) -> Plan:
+    """The plan of 8-bit products on all rows, wherever there are such options."""
+    found = [[o for o in s.options if o.in_8_bits and o.keep == 1] for s in profile.sites]
+    options = [min(o, key=s.seconds, default=None) for s, o in zip(profile.sites, found)]
+    return assembled(profile, None, options)[0]
+
+
+def measured_plans(profile: ProfileData) -> Iterator[Plan]:
+    """Those that were measured as a whole, as far as they are made of options of this profile."""
+    for trial in profile.trials:
+        with suppress(ValueError):
+            yield predict(profile, trial.rules)
 
 
 def _time(profile: ProfileData, live: float, options: Picked) -> tuple[float, float]:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from backsketch.planning.plan.choices import choose, frontier
 from backsketch.planning.plan.plan import CAUTION, LEAST_GAIN, CostEstimate, Plan
-from backsketch.planning.plan.prediction import assembled, exact_plan, option_variance
+from backsketch.planning.plan.prediction import (
+    assembled,
+    exact_plan,
+    measured_plans,
+    option_variance,
+)
 from backsketch.planning.profiling.records import ProfileData, SiteProfile
 
 __all__ = ["SANE_EXTRA_VARIANCE", "make_plan"]
@@ -82,10 +87,11 @@ def make_plan(
 def _best(profile: ProfileData, objective: str, limits: _Limits) -> Plan | None:
     unasked = objective == "time" and math.isinf(limits.variance)
     most = SANE_EXTRA_VARIANCE if unasked else math.inf
+    masks = (None, *range(len(profile.masks)))
+    searched = (plan for mask in masks for plan in _below(profile, mask, objective, limits))
     plans = [
         plan
-        for mask in (None, *range(len(profile.masks)))
-        for plan in _below(profile, mask, objective, limits)
+        for plan in (*searched, *measured_plans(profile))
         if limits.hold(plan.predicted) and plan.predicted.extra_variance <= most
     ]
     return min(plans, key=lambda plan: _OBJECTIVES[objective](plan.predicted), default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from backsketch.memory import kept_by
 from backsketch.planning.measure.errors import squared_norm
 from backsketch.planning.measure.passes import LossFn, Passes, passes
-from backsketch.planning.measure.recorder import Call, backward, watching
+from backsketch.planning.measure.recorder import Call, backward, vjp, watching
 from backsketch.planning.measure.rows import RowCurve, row_curve
 from backsketch.planning.measure.timing import timed
 from backsketch.planning.profiling.families import LADDER
@@ -69,28 +70,31 @@ def observe(
     tick: Callable[[str], None],
 ) -> Observed:
     seen = Observed(str(next(model.parameters()).device))
-    times = []
+    times: list[tuple[float, float]] = []
     with passes(model, loss_fn, among=()) as run:
         for number, batch in enumerate(data):
             tick("exact passes")
             if number < _CLOSELY:
                 gradient = _watched(run, sites, batch, number, seen)
             else:
-                seconds, gradient = timed(lambda: run.gradient(batch, number))  # noqa: B023
-                times.append(seconds)
+                gradient = _timed(run, batch, number, times)
             seen.sums.add(gradient)
         while len(times) < _STEPS:  # those above were watched
-            times.append(timed(lambda: run.gradient(data[0], 0))[0])
-        forward = [timed(lambda: _forward(run, data[0]))[0] for _ in range(_STEPS)]
-    seen.step_seconds, seen.forward_seconds = statistics.median(times), statistics.median(forward)
+            _timed(run, data[0], 0, times)
+    seen.forward_seconds = statistics.median(forward for forward, _ in times)
+    seen.step_seconds = statistics.median(forward + backward for forward, backward in times)
     with repeatable(model, 0):
         seen.saved_bytes = kept_by(model, lambda: loss_fn(model, data[0])).total
     return seen
 
 
-def _forward(run: Passes, batch: Any) -> None:
-    with run.loss(batch, 0):
-        pass
+def _timed(run: Passes, batch: Any, number: int, times: list[tuple[float, float]]) -> list[Tensor]:
+    """An exact pass, the seconds of whose forward and backward part are added to ``times``."""
+    with ExitStack() as graph:
+        forward, loss = timed(lambda: graph.enter_context(run.loss(batch, number)))
+        backward, gradient = timed(lambda: vjp(loss, list(run.parameters.values())))
+    times.append((forward, backward))
+    return gradient
 
 
 def _watched(
