@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import backsketch as bs
-from backsketch.regions import arithmetic, low_precision, runner, share, state_of
+from backsketch.regions import arithmetic, capture, low_precision, runner, share, state_of
 from backsketch.regions.linearity import check_linear
-from backsketch.regions.state import RunsExactly
+from backsketch.regions.state import RunsExactly, runtime_of
 from backsketch.regions.structure import Coupled
 from helpers import named_gradients
 from mutations import halve_the_dither_of_products
@@ -366,6 +366,33 @@ def test_under_autocast(keep: float) -> None:
     bs.sketch_(model, bs.Region(keep=keep, arithmetic="int8"))
     assert_mean(exact, gradients, 2**-7)
     assert state_of(model).status == "active", state_of(model).reason
+
+
+def test_one_capture_serves_both_arithmetics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a graph that cannot be computed in 8 bits stays one on kept rows for the regions that do not ask."""
+    x = torch.randn(8, 6)
+
+    def trained(arithmetic: str) -> nn.Module:
+        model = mlp(6, 8, 5)
+        bs.sketch_(model, bs.Region(keep=0.5, arithmetic=arithmetic))
+        for _ in range(2):
+            model(x).square().sum().backward()
+        return model
+
+    plain, rounded = trained("exact"), trained("int8")
+    assert runtime_of(plain).runner is runtime_of(rounded).runner
+    assert runtime_of(plain).runner.capture.programs == 1
+    assert "8 bits" not in state_of(plain).note
+    assert "8 bits" in state_of(rounded).note
+
+    def refused(graph: object) -> None:
+        raise Coupled("nothing for bytes")
+
+    monkeypatch.setattr(runner, "_RUNNERS", {})
+    monkeypatch.setattr(capture, "in_8_bits", refused)
+    plain, rounded = trained("exact"), trained("int8")
+    assert (state_of(plain).status, state_of(rounded).status) == ("active", "exact")
+    assert state_of(rounded).reason == "nothing for bytes"
 
 
 def test_text_and_report() -> None:

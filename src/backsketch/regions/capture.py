@@ -24,7 +24,7 @@ from backsketch.regions.joining import join_pieces
 from backsketch.regions.kept import kept_bytes
 from backsketch.regions.pair import Pair, Wiring
 from backsketch.regions.partition import partition
-from backsketch.regions.program import KeptBackward, Program, RowsApart
+from backsketch.regions.program import KeptBackward, Program, Rounded, RowsApart
 from backsketch.regions.saving import round_saved
 from backsketch.regions.spec import Region
 from backsketch.regions.structure import Coupled, RowSymbols, outputs_of
@@ -88,13 +88,16 @@ class Capture:
         wiring.check(num_inputs)
         backward, inputs = graphs.backward_graph()
         kept = KeptBackward.from_graph(apart, backward, inputs, self.compiler)
-        program = Program(graphs.run_backward, kept)
+
+        def rounded() -> Rounded:
+            graph, share = in_8_bits(backward)
+            kept = KeptBackward.from_graph(apart, graph, inputs, self.compiler)
+            return Rounded(self.compiler.backward(graph, inputs), kept, share)
+
+        program = Program(graphs.run_backward, kept, rounded)
         program.note = "; ".join([program.note, *graphs.notes, *graphs.problems])
-        if self.int8:
-            rounded, share = in_8_bits(backward)
-            program.every = self.compiler.backward(rounded, inputs)
-            program.rounded = KeptBackward.from_graph(apart, rounded, inputs, self.compiler)
-            program.note += f"; {share}"
+        if self.int8:  # inductor compiles only while a graph is captured
+            program.rounded()
         return Pair(wiring, graphs.run_forward, program)
 
 

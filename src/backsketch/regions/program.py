@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -17,6 +17,7 @@ from backsketch.regions import rows as row_ops
 from backsketch.regions.compilers import Compiler, Rows, Runner
 from backsketch.regions.oprules import label_of
 from backsketch.regions.rows import Layout
+from backsketch.regions.share import Share
 from backsketch.regions.state import Runtime
 from backsketch.regions.structure import (
     Coupled,
@@ -29,7 +30,7 @@ from backsketch.regions.structure import (
 )
 from backsketch.regions.verify import splits_add_up
 
-__all__ = ["KeptBackward", "Program", "RowsApart"]
+__all__ = ["KeptBackward", "Program", "Rounded", "RowsApart"]
 
 _NO_ROWS = (
     "no output has rows (a loss or a statistic inside the region?): put the region on what comes before, "
@@ -112,6 +113,14 @@ def _has_lead(symbols: RowSymbols, value: Tensor, row_dims: int) -> bool:
     return all(size in axis if axis else size == 1 for size, axis in zip(sizes, symbols.axes))
 
 
+class Rounded(NamedTuple):
+    """A backward graph with products in 8 bits, on all rows and on kept ones, and their share."""
+
+    every: Runner
+    kept: KeptBackward
+    share: Share
+
+
 @dataclass
 class Program:
     """A captured backward graph on all rows, and on the kept ones.
@@ -119,17 +128,26 @@ class Program:
     ``verified`` are the regions for which the sum over two parts of their first batch has reproduced the exact
     gradients; if it does not, ``refusal`` says so and every backward pass runs on all rows (from what was kept in
     a few bits, if that was asked for: that is unbiased still). Each checks for itself though they share the graph,
-    or what a region draws would depend on what the process did before. Where products are computed in 8 bits,
-    ``every`` does it on all rows and ``rounded`` on kept ones; ``note`` tells their share.
+    or what a region draws would depend on what the process did before. ``make_rounded`` makes the same with
+    products in 8 bits; it is called when a region first asks for that.
     """
 
     exact: Runner
     kept: KeptBackward
-    every: Runner | None = None
-    rounded: KeptBackward | None = None
+    make_rounded: Callable[[], Rounded]
     note: str = "rows proven independent"
     verified: WeakSet[Runtime] = field(default_factory=WeakSet)
     refusal: str | None = None
+    _rounded: Rounded | Coupled | None = None
+
+    def rounded(self) -> Rounded | Coupled:
+        """The graph with products in 8 bits, or why there is none."""
+        if self._rounded is None:
+            try:
+                self._rounded = self.make_rounded()
+            except Coupled as reason:
+                self._rounded = reason
+        return self._rounded
 
     def backward(self, region: Runtime | None, args: list[Any]) -> Sequence[Any]:
         """Sizes, saved tensors and cotangents -> gradients of the inputs.
@@ -138,12 +156,19 @@ class Program:
         """
         if self.refusal or region is None or region.spec is None:
             return self.exact(args)
+        every, kept, note = self.exact, self.kept, self.note
+        if region.spec.arithmetic == "int8":
+            rounded = self.rounded()
+            if isinstance(rounded, Coupled):
+                region.settle("exact", str(rounded))
+                return self.exact(args)
+            every, kept, note = rounded.every, rounded.kept, f"{note}; {rounded.share}"
         cotangents, row_dims = self.kept.cotangents_with_rows(args), region.spec.row_dims
         lead = tuple(cotangents[0].shape[:row_dims])
         scores = row_ops.scores(cotangents, row_dims)
         if region not in self.verified:
-            return self._first(region, args, lead, scores)
-        region.settle("active", note=self.note)
+            return self._first(region, args, lead, scores, note)
+        region.settle("active", note=note)
         if region.scores is not None:
             region.scores.append(scores)
         sample = sampling.draw_live(
@@ -154,11 +179,11 @@ class Program:
             row_ops.tokens(lead),
         )
         if sample is None:
-            return (self.every or self.exact)(args)
-        return (self.rounded or self.kept)(args, lead, sample.indices, sample.weights)
+            return every(args)
+        return kept(args, lead, sample.indices, sample.weights)
 
     def _first(
-        self, region: Runtime, args: list[Any], lead: tuple[int, ...], scores: Tensor
+        self, region: Runtime, args: list[Any], lead: tuple[int, ...], scores: Tensor, note: str
     ) -> Sequence[Any]:
         """The first backward pass is exact, and checks that parts of the batch add up to it."""
         shared = itertools.cycle((True, False))  # what has no rows belongs to one of the parts
@@ -170,7 +195,7 @@ class Program:
         )
         if verdict:
             self.verified.add(region)
-            region.settle("active", note=self.note)
+            region.settle("active", note=note)
         elif verdict is False:
             self.refusal = "parts of the first batch do not add up to its gradient"
             region.settle("exact", self.refusal)

@@ -98,7 +98,9 @@ _LOCK = threading.Lock()
 def runner_for(module: Any, forward: Any, spec: Region, compiler: str) -> Runner:
     """The runner of this kind of region: made on first use, and again when the last one is outdated."""
     all_rows = spec.keep == 1
-    settings = (spec.mode, spec.row_dims, spec.arithmetic, spec.save, all_rows, compiler)
+    # Kept rows in 8 bits come from the same graphs, if inductor does not have to compile them at once.
+    arithmetic = spec.arithmetic if all_rows or compiler != "plain" else None
+    settings = (spec.mode, spec.row_dims, arithmetic, spec.save, all_rows, compiler)
     key = (type(module), *settings, *attention_kernels())
     with _LOCK:
         before = _RUNNERS.get(key)
