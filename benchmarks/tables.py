@@ -165,6 +165,21 @@ def gpt() -> str:
     return _markdown(header, rows)
 
 
+def finetuning() -> str:
+    looks = _load("gpt/finetuning")["rows"]
+    told = [f"{row['when']} of {row['phase']}" for row in looks]
+    rows = [
+        [
+            "test loss",
+            *("" if row["test_loss"] is None else f"{row['test_loss']:.2f}" for row in looks),
+        ],
+        ["κ of the tokens at the head", *(f"{row['kappa']:.2f}" for row in looks)],
+    ]
+    for name in looks[0]["extra_variance"]:
+        rows.append([f"ω, {name}", *(f"{row['extra_variance'][name]:.2g}" for row in looks)])
+    return _markdown(["", *told], rows)
+
+
 def attention() -> str:
     rows = [
         [
@@ -266,7 +281,7 @@ EQUAL_COST = {
     "equal_cost_bagnet": "BagNet, CIFAR-10",
     "equal_cost_gpt": "GPT, tinyshakespeare",
 }
-PAPER = ("paper_mlp", "paper_vit", "paper_bagnet")
+PAPER = ("paper_mlp", "paper_vit", "paper_bagnet", "paper_gpt")
 
 
 def headline() -> str:
@@ -277,7 +292,7 @@ def headline() -> str:
         found = arms.arms(sweep)
         model = found[0].model
         exact = arms.best_exact(found, model)
-        sketched = [a for a in found if not a.is_exact and a.model == model and a.seconds]
+        sketched = [a for a in found if a.is_sketched and a.model == model and a.seconds]
         best = min(sketched, key=lambda arm: arms.relative_time(arm, exact)[0])
         table = _page(name).tables[0]
         told = {row[0]: row for row in table.rows}
@@ -304,7 +319,7 @@ def early() -> str:
     epochs = max(arm.first.result["epochs"] for arm in found)
     rows = []
     for arm in found:
-        if not arm.is_exact and arm.first.result["epochs"] == epochs:
+        if arm.is_sketched and arm.first.result["epochs"] == epochs:
             omegas = equal_cost.by_epoch(arm, "extra_variance")
             rows.append([arm.name, *(f"{omegas[epoch]:.3f}" for epoch in sorted(omegas))])
     return _markdown(["ω", *(f"epoch {epoch + 1}" for epoch in range(epochs))], rows)
@@ -501,6 +516,7 @@ TABLES = {
     "gpu_launches": gpu_launches,
     "head": head,
     "gpt": gpt,
+    "finetuning": finetuning,
     "attention": attention,
     "memory": memory,
     "regions": regions,

@@ -29,6 +29,7 @@ from backsketch.experiments.views.arms import (
     relative_step,
     relative_time,
 )
+from backsketch.train.images import ImageData
 from helpers import quiet
 
 SMALL = {"model_options": {"widths": [16]}}
@@ -154,6 +155,21 @@ def test_step_times_are_of_whole_steps_and_checkpointing_saves_bytes():
     assert found["checkpoint"]["saved_bytes"] < 0.5 * found["exact"]["saved_bytes"]
 
 
+def test_step_times_are_those_of_the_precision_that_is_trained_in(monkeypatch):
+    seen = []
+
+    def watched(self, model, batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return F.cross_entropy(model(batch.images).float(), batch.labels)
+
+    monkeypatch.setattr(ImageData, "loss", watched)
+    arms = {"half": {"batch_size": 64, "train": {**SMALL, "precision": "bf16"}}}
+    options = {key: FIXED[key] for key in ("model", "data", "limit")}
+    step_time.run(step_time.StepTime(**options, arms=arms, rounds=2))
+    assert seen
+    assert all(seen)
+
+
 # The tables, from records whose answers are known ------------------------------------------------------------
 
 
@@ -216,6 +232,23 @@ def test_the_best_exact_arm_is_best_on_the_seeds_that_all_have():
         )
     )
     assert best_exact([several, one], several.model) is several
+
+
+def test_autocast_is_neither_exact_nor_sketched():
+    """It is compared with the best exact arm, which it is not, and has a bar of its own."""
+    fast = made_run("autocast", "none", speed=0.030, lr=0.2)
+    fast["options"]["train"] = {"precision": "bf16"}
+    found = arms(made_sweep(*example().jobs[:2], fast))
+    exact, autocast = found
+    assert autocast.model == exact.model
+    assert not autocast.is_exact
+    assert not autocast.is_sketched
+    assert best_exact(found, exact.model) is exact
+    best = headline.best_of_kinds(found, exact.model)
+    assert best["bf16 autocast"][0] is autocast
+    assert best["bf16 autocast"][1] == pytest.approx(0.4)
+    whole = made_sweep(*example().jobs[:2], fast)
+    assert [row[0] for row in equal_cost.page(whole).tables[1].rows] == []
 
 
 def test_targets_are_met_between_looks():

@@ -71,7 +71,8 @@ class _Arm:
         trainer = self.trainer
         (batch,) = next(trainer.batches.train(*divmod(self.count, trainer.batches.steps_per_epoch)))
         marks = [self.now()]
-        loss = trainer.data.loss(trainer.model, batch)
+        with trainer.accelerator.autocast():
+            loss = trainer.data.loss(trainer.model, batch)
         marks.append(self.now())
         trainer.accelerator.backward(loss)
         marks.append(self.now())
@@ -84,7 +85,7 @@ class _Arm:
 
     def saved_bytes(self) -> int:
         batch = next(self.trainer.batches.train(0))[0]
-        return measure.saved_bytes(self.trainer.model, batch, self.trainer.data.loss)
+        return measure.saved_bytes(self.trainer.model, batch, self.trainer.loss)
 
 
 def run(options: StepTime) -> dict[str, Any]:

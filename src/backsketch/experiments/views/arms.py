@@ -118,9 +118,14 @@ class Arm:
         return self.runs[0]
 
     @property
+    def is_sketched(self) -> bool:
+        """Whether its gradients are randomized."""
+        return self.first.options.get("sketch", "none") != "none"
+
+    @property
     def is_exact(self) -> bool:
-        """Whether its gradients are exact."""
-        return self.first.options.get("sketch", "none") == "none"
+        """Whether its gradients are those of float32. Those of autocast are rounded, and not at random."""
+        return not self.is_sketched and self._train.get("precision", "fp32") == "fp32"
 
     @property
     def is_even(self) -> bool:
@@ -130,7 +135,12 @@ class Arm:
     @property
     def model(self) -> str:
         """What else was changed: arms of other models are not compared with each other."""
-        return json.dumps(self.first.options.get("train", {}), sort_keys=True)
+        rest = {key: value for key, value in self._train.items() if key != "precision"}
+        return json.dumps(rest, sort_keys=True)
+
+    @property
+    def _train(self) -> Mapping[str, Any]:
+        return self.first.options.get("train") or {}
 
     @property
     def steps(self) -> dict[int, float | None]:

@@ -152,7 +152,7 @@ def _analysis(found: Sequence[Arm]) -> TextTable:
     )  # fmt: skip
     rows = []
     for arm in found:
-        parts = None if arm.is_exact else terms(arm, found)
+        parts = terms(arm, found) if arm.is_sketched else None
         if parts is not None:
             numbers = (
                 parts.cost, parts.multiplier, parts.noise, parts.steps, parts.measured_steps,

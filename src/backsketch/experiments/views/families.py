@@ -18,6 +18,8 @@ FAMILIES = (
     "columns, uniform",
 )
 
+_OTHERS = "#3d9970"
+
 
 def family(sketch: str) -> str:
     """The estimator and its scores, where these are not its usual ones."""
@@ -34,4 +36,4 @@ def keep(sketch: str) -> float:
 
 def colour(name: str) -> str:
     """Of a family, the same in every figure."""
-    return COLOURS[FAMILIES.index(name) % len(COLOURS) if name in FAMILIES else -1]
+    return COLOURS[FAMILIES.index(name)] if name in FAMILIES else _OTHERS

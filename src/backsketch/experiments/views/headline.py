@@ -14,9 +14,12 @@ from backsketch.experiments.views.page import COLOURS, dress, new_figure
 
 __all__ = ["best_of_kinds", "figure", "kind"]
 
+AUTOCAST = "bf16 autocast"
+
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "best exact": "#2b2d34",
+        AUTOCAST: "#9a9ca6",
         "rows": COLOURS[1],
         "regions": COLOURS[2],
         "8 bits": COLOURS[0],
@@ -30,6 +33,8 @@ HIGHEST = 1.6  # of the picture; what is worse has its number
 
 def kind(arm: Arm) -> str:
     """What a reader would call the sketch of an arm."""
+    if not arm.is_sketched:
+        return AUTOCAST
     text = arm.first.step_key[0]
     if text == "auto":
         return "auto"
@@ -62,7 +67,7 @@ def figure(sweeps: Sequence[Sweep]) -> Figure:
 
     The label of a group is ``label`` in the settings of the sweep.
     """
-    made, (axes,) = new_figure(1, 1.6 + 2.1 * len(sweeps), 3.6)
+    made, (axes,) = new_figure(1, 1.6 + 2.4 * len(sweeps), 3.6)
     groups = []
     for sweep in sweeps:
         found = arms(sweep)
