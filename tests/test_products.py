@@ -312,6 +312,21 @@ def test_the_report_says_where_no_gain_in_time_is_expected(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("layer", "sketch", "told"),
+    [
+        (nn.Linear(128, 128), bs.Int8(bs.Rows(keep=0.5)), True),
+        (nn.Conv2d(32, 32, 3), bs.Int8(bs.Rows(keep=0.5)), True),
+        (nn.Linear(128, 128), bs.Int8(), False),
+        (nn.Linear(128, 128), bs.Int8(bs.StoredRows(keep=0.5)), False),  # for memory
+        (bs.nn.LinearCrossEntropy(128, 1000), bs.Int8(bs.Rows(keep=0.5)), False),
+    ],
+)
+def test_the_report_says_that_rows_inside_8_bits_gain_no_time(monkeypatch, layer, sketch, told):
+    monkeypatch.setattr(products, "why_slow", lambda *_: "")
+    assert ("int8 alone is faster" in str(bs.sketch_(layer, sketch))) == told
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"sketch": "rows"}, "must be another estimator"),

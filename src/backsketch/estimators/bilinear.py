@@ -28,10 +28,12 @@ class Bilinear:
     selection of groups is a grouped layer again.
 
     ``gram_rows`` and ``pair_rows`` are the most rows for which :meth:`row_gram` and :meth:`pair_energy` take
-    less time than the passes whose variance they explain.
+    less time than the passes whose variance they explain. ``gathers_rows`` says whether kept rows are copied out
+    before they are multiplied.
     """
 
     groups: int = 1
+    gathers_rows: ClassVar[bool] = True
     gram_rows: ClassVar[int] = 256
     pair_rows: ClassVar[int] = 0
 

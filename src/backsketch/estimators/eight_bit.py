@@ -142,6 +142,9 @@ class EightBit(Estimator):
         slow = products.why_slow(weight.device, self.numbers)
         if slow:
             return f"expect no gain in time: {slow}"
+        draws_rows = self.chooses() == "rows" and not self.saves_memory
+        if draws_rows and op.gathers_rows and weight.device.type == "cpu":
+            return f"{self.name} alone is faster: gathers of rows cost more than the products they save"
         return op.slow_products(weight.device)
 
     def input_variance(self, op: Bilinear, cotangent: Tensor, weight: Tensor) -> Tensor:

@@ -90,6 +90,12 @@ class SketchedLinearCrossEntropy(Swapped, LinearCrossEntropy):
         )
 
 
+class _Head(Linear):
+    """A linear layer whose logits are computed for the drawn tokens alone a second time, not gathered."""
+
+    gathers_rows = False
+
+
 def _keep_of(sketch: object) -> float | None:
     """The fraction of tokens whose gradient ``linear_cross_entropy`` computes in place of a sketch, if it can."""
     if isinstance(sketch, Int8):
@@ -102,7 +108,7 @@ def _keep_of(sketch: object) -> float | None:
 
 def _weights(module: nn.Module) -> list[tuple[Bilinear, Tensor]]:
     assert isinstance(module, nn.Linear)
-    return [(Linear(), module.weight)]
+    return [(_Head(), module.weight)]
 
 
 register(Adapter(LinearCrossEntropy, SketchedLinearCrossEntropy, _weights))
