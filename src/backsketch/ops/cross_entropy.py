@@ -154,10 +154,15 @@ def _vjp(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    targets: Tensor,
     *rest: Tensor,
 ) -> tuple[Tensor | None, ...]:
     seed = next_seed(cotangent, weight)
-    found = head_gradients(cotangent, x, weight, bias, *rest, seed, keep, is_int8, *needed, *form)
+    # The mean over no rows has an infinite one.
+    cotangent = torch.where(targets != form[0], cotangent, 0.0)
+    found = head_gradients(
+        cotangent, x, weight, bias, targets, *rest, seed, keep, is_int8, *needed, *form
+    )
     return tuple(gradient if wanted else None for gradient, wanted in zip(found, needed))
 
 
