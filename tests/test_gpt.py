@@ -75,6 +75,7 @@ def test_generated_text_continues_and_repeats_with_its_generator():
     [
         ({"dim": 30, "heads": 4}, "not a multiple of the 4 heads"),
         ({"context": 0}, "must be positive"),
+        ({"heads": 0}, "must be positive"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options, message):

@@ -104,6 +104,7 @@ def test_vit_mlp_branch_treats_tokens_independently():
         ("mlp", (3, 32, 32), {"widths": (0,)}, "must be positive"),
         ("vit", (3, 32, 32), {"patch": 5}, "not a whole number of 5x5 patches"),
         ("vit", (3, 32, 32), {"dim": 100, "heads": 3}, "not a multiple of the 3 heads"),
+        ("vit", (3, 32, 32), {"heads": 0}, "must be positive"),
         ("bagnet", (3, 32, 32), {"receptive_field": 33}, "does not fit"),
         ("bagnet", (3, 32, 32), {"receptive_field": 10}, "one of 5, 9, 17, 33"),
         ("bagnet", (3, 32, 32), {"receptive_field": 17, "depths": (1, 1)}, "at least 3 stages"),

@@ -136,7 +136,7 @@ def gpt(
         >>> model(torch.zeros(2, 16, dtype=torch.long)).shape
         torch.Size([2, 16, 256])
     """
-    heads = heads or max(dim // 32, 1)
+    heads = max(dim // 32, 1) if heads is None else heads
     if min(vocab_size, context, dim, depth, heads, mlp_ratio) < 1:
         raise ValueError(
             f"every size must be positive, got vocabulary {vocab_size}, context {context}, dim {dim}, "

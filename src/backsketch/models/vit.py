@@ -135,7 +135,7 @@ def vit(
         dropout: at the end of each residual branch.
 
     Raises:
-        ValueError: the image is not a whole number of patches, or `dim` of heads.
+        ValueError: a size is not positive, the image is not a whole number of patches, or `dim` of heads.
 
     Example:
         >>> model = vit((3, 32, 32), 10, dim=192, depth=6, patch=4)
@@ -144,8 +144,19 @@ def vit(
     """
     _, height, width = image_shape
     side = min(height, width)
-    patch = patch or (16 if side >= 64 else max(side // 4, 1))
-    heads = heads or max(dim // 32, 1)
+    if patch is None:
+        patch = 16 if side >= 64 else max(side // 4, 1)
+    heads = max(dim // 32, 1) if heads is None else heads
+    if min(dim, depth, heads, patch, mlp_ratio) < 1:
+        raise ValueError(
+            f"every size must be positive, got dim {dim}, depth {depth}, heads {heads}, patch {patch}, "
+            f"mlp_ratio {mlp_ratio}"
+        )
+    if min(patch, dim, depth, heads, mlp_ratio) < 1:
+        raise ValueError(
+            f"every size must be positive, got patch {patch}, dim {dim}, depth {depth}, heads {heads}, "
+            f"mlp_ratio {mlp_ratio}"
+        )
     if height % patch or width % patch:
         raise ValueError(
             f"images of {height}x{width} pixels are not a whole number of {patch}x{patch} patches"
