@@ -290,6 +290,15 @@ def test_a_stored_tokenizer_is_used_again(text, tmp_path):
     assert not (tmp_path / "r/tokenizer.json").exists()
 
 
+def test_a_run_is_continued_where_some_of_its_model_options_are_named(text, tmp_path):
+    run(text, tmp_path / "r")
+    more = {"out": tmp_path / "r", "resume": True, "console": quiet()}
+    again = train({"model_options": {"dim": 32}}, **more)
+    assert again["config"]["model_options"] == SMALL
+    with pytest.raises(TrainError, match="it was made with model_options"):
+        train({"model_options": {"dim": 64}}, **more)
+
+
 def test_a_run_starts_from_another_ones_weights_model_and_tokenizer(text, tmp_path):
     pytest.importorskip("tokenizers")
     first = run(text, tmp_path / "a", tokenizer="bpe:300", epochs=2)
@@ -399,6 +408,8 @@ MISTAKES = [
     ("--data short.txt --context 0", "context must be positive"),
     ("--data numbers.csv", "the dataset numbers.csv has no text: its columns are a, b"),
     ("--data ./missing", "the data folder ./missing does not exist"),
+    ("--data missing.txt", "there is no file missing.txt"),
+    ("--data missing.jsonl", "there is no file missing.jsonl"),
     ("", "model gpt needs --data"),
     ("--data good.txt --tokenizer missing.json", "there is no tokenizer file missing.json"),
     ("--data good.txt --tokenizer short.txt", "cannot read the tokenizer short.txt"),

@@ -157,9 +157,11 @@ def _saved_options(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         raise TrainError(f"there is no checkpoint in {out} to resume from")
     saved = load_checkpoint(found[0])["config"]
-    if reason := mismatch(saved, asked):
+    named = {**saved["model_options"], **asked.get("model_options", {})}
+    options = {**saved, **asked, "model_options": named}
+    if reason := mismatch(saved, options):
         raise TrainError(f"the checkpoint {found[0]} does not fit this run: {reason}")
-    return {**saved, **asked}
+    return options
 
 
 def _inherited(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:

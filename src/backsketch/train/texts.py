@@ -46,6 +46,8 @@ def read_texts(name: str) -> Texts:
         return _divided(name, {"train": _decoded(path)})
     if path.is_dir() and (files := _text_files(path)):
         return _divided(name, _by_split(files))
+    if path.suffix.lower() in (*SUFFIXES, *TABLES) and not path.exists():
+        raise TrainError(f"there is no file {name}")
     return _divided(name, _from_dataset(name, path))
 
 
