@@ -563,3 +563,25 @@ def test_outputs_with_other_leading_sizes_run_exactly(fold: int, row_dims: int) 
         torch.testing.assert_close(model.linear.weight.grad, exact[0])
     assert state.status == "exact"
     assert "leading" in state.reason
+
+
+def test_outputs_that_share_memory_are_no_cause_for_a_warning() -> None:
+    """The first call finds it out, and the next ones copy."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.linear(x)
+            return y, y.view(-1, 2, 4)
+
+    state = attach(model := Twice(), Region(keep=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RunsExactly)
+        for _ in range(3):
+            plain, seen = model(torch.randn(16, 8))
+            (plain.sum() + seen.square().sum()).backward()
+    assert state is not None
+    assert state.status == "active"

@@ -461,3 +461,10 @@ def test_weights_of_another_vocabulary_or_model_are_refused(text, tmp_path):
     assert not (tmp_path / "b").exists()
     with pytest.raises(TrainError, match="do not fit the model gpt"):
         train({**more, "model_options": {"dim": 64}}, out=tmp_path / "b", console=quiet())
+
+
+def test_tied_weights_are_not_taken_from_untied_ones(text, tmp_path):
+    run(text, tmp_path / "a", model_options={**SMALL, "tied": False})
+    more = {"data": text, "init": str(tmp_path / "a"), "device": "cpu"}
+    with pytest.raises(TrainError, match=r"embed\.weight is one tensor with another"):
+        train({**more, "model_options": {"tied": True}}, out=tmp_path / "b", console=quiet())

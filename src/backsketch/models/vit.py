@@ -135,7 +135,7 @@ def vit(
         dropout: at the end of each residual branch.
 
     Raises:
-        ValueError: the image is not a whole number of patches, or `dim` of heads.
+        ValueError: a size is not positive, the image is not a whole number of patches, or `dim` of heads.
 
     Example:
         >>> model = vit((3, 32, 32), 10, dim=192, depth=6, patch=4)

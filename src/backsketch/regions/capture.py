@@ -44,10 +44,11 @@ class Capture:
 
     ``compiler`` turns a graph into something that runs: plain execution, or inductor where the
     surrounding model is compiled. ``copies`` turns true where outputs share memory with each other or with
-    an input, so that they have to be copied; ``programs`` counts the graphs.
+    an input, so that they have to be copied, which ``copying`` says is done; ``programs`` counts the graphs.
     """
 
-    def __init__(self, spec: Region, compiler: Compiler) -> None:
+    def __init__(self, spec: Region, compiler: Compiler, copying: bool = False) -> None:
+        self.copying = copying
         self.mode, self.row_dims, self.compiler = spec.mode, spec.row_dims, compiler
         self.all_rows, self.int8 = spec.keep == 1, spec.arithmetic == "int8"
         self.bits = {"exact": None, "int8": 8, "int4": 4}[spec.save]
@@ -71,6 +72,8 @@ class Capture:
         except Coupled as reason:
             if self.bits is not None:  # nothing is rounded where all rows are computed after all
                 compiled = _Graphs(self.mode, self.compiler).capture(gm, inputs)
+            if self.copies and not self.copying:  # the next call captures it with copies
+                return compiled
             return _exactly(compiled, str(reason))
 
     def _pair(self, graphs: _Graphs, symbols: RowSymbols, num_inputs: int) -> Pair:

@@ -89,7 +89,9 @@ class Wiring:
         if self.facts.mutates:
             raise Coupled("it changes a buffer or an argument in place")
         if self.shares_memory:
-            raise Coupled("its outputs share memory")
+            raise Coupled(
+                "its outputs share memory; if it fills a cache, train it with use_cache=False"
+            )
         if len(self.tangents) != self.facts.num_cotangents:
             raise Coupled("its outputs are not plain tensors")
         if num_inputs != self.num_inputs:

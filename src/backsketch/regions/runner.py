@@ -105,7 +105,7 @@ def runner_for(module: Any, forward: Any, spec: Region, compiler: str) -> Runner
     with _LOCK:
         before = _RUNNERS.get(key)
         if before is None or before.outdated:
-            capture = Capture(spec, COMPILERS[compiler])
             copies = before is not None and before.capture.copies
+            capture = Capture(spec, COMPILERS[compiler], copies)
             _RUNNERS[key] = Runner(forward, capture, copies)
         return _RUNNERS[key]

@@ -246,6 +246,12 @@ class Trainer:
             raise TrainError(
                 f"the weights of {where} do not fit the model {self.config.model}: {told[-1].strip()}"
             ) from error
+        for name, value in self.core.state_dict().items():
+            if not torch.equal(value.cpu(), weights[name]):
+                raise TrainError(
+                    f"the weights of {where} do not fit the model {self.config.model}: in it {name} is one "
+                    "tensor with another, and there they differ"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run must remember to continue exactly; every process must call this.
