@@ -152,11 +152,6 @@ def vit(
             f"every size must be positive, got dim {dim}, depth {depth}, heads {heads}, patch {patch}, "
             f"mlp_ratio {mlp_ratio}"
         )
-    if min(patch, dim, depth, heads, mlp_ratio) < 1:
-        raise ValueError(
-            f"every size must be positive, got patch {patch}, dim {dim}, depth {depth}, heads {heads}, "
-            f"mlp_ratio {mlp_ratio}"
-        )
     if height % patch or width % patch:
         raise ValueError(
             f"images of {height}x{width} pixels are not a whole number of {patch}x{patch} patches"
