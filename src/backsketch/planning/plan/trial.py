@@ -33,8 +33,8 @@ def tried(
 ) -> ProfileData:
     """The profile with measurements of the plan for time, and of another one.
 
-    That is the next plan where the first does not hold, and 8-bit products everywhere where it draws no rows:
-    what they save at a single site may be less than the noise of its timing.
+    Where the plan draws no rows, 8-bit products everywhere come first: what they save at a single site may be less
+    than the noise of its timing. Where a plan does not hold, the next one is measured.
 
     Args:
         profile: of this model.
@@ -57,13 +57,11 @@ def _next(profile: ProfileData) -> Plan | None:
     """What to measure, None where the plan for time was measured and holds."""
     measured = [trial.rules for trial in profile.trials]
     plan = make_plan(profile, "time", None, None, None)
-    if plan.is_exact or plan.texts in measured:
-        if not _only_rounds(plan, profile):
-            return None
-        plan = everywhere_in_8_bits(profile)
-        if plan.texts in measured or _is_hopeless(plan.predicted):
-            return None
-    return None if plan.is_exact else plan
+    if _only_rounds(plan, profile):
+        everywhere = everywhere_in_8_bits(profile)
+        if everywhere.texts not in measured and not _is_hopeless(everywhere.predicted):
+            return everywhere
+    return None if plan.is_exact or plan.texts in measured else plan
 
 
 def _only_rounds(plan: Plan, profile: ProfileData) -> bool:
