@@ -154,6 +154,13 @@ class Arm:
         return found if len(found) == len(self.runs) else None
 
     @property
+    def own(self) -> dict[int, float]:
+        """Seconds of a step in the runs themselves, by seed."""
+        return {
+            r.options.get("seed", 0): r.result["seconds"] / r.result["steps"] for r in self.runs
+        }
+
+    @property
     def finals(self) -> list[float]:
         """What the goal is measured by, at the end of training."""
         return [run.result["evaluations"][self.goal.key][-1] for run in self.runs]
@@ -217,10 +224,14 @@ def best_exact(found: Iterable[Arm], model: str) -> Arm | None:
 
 
 def relative_step(arm: Arm, base: Arm) -> float:
-    """Seconds of a step over those of another arm, both by the same clock."""
+    """Seconds of a step over those of another arm, both by the same clock, of the seeds that both have."""
     if arm.quiet and base.quiet:
         return arm.step_seconds / base.step_seconds
-    return arm.own_seconds / base.own_seconds
+    own, other = arm.own, base.own
+    shared = own.keys() & other.keys()
+    if not shared:
+        return arm.own_seconds / base.own_seconds
+    return statistics.median(own[s] for s in shared) / statistics.median(other[s] for s in shared)
 
 
 def relative_time(arm: Arm, base: Arm) -> tuple[float, float] | None:
