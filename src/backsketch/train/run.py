@@ -157,11 +157,12 @@ def _saved_options(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     if not found:
         raise TrainError(f"there is no checkpoint in {out} to resume from")
     saved = load_checkpoint(found[0])["config"]
-    named = {**saved["model_options"], **asked.get("model_options", {})}
-    options = {**saved, **asked, "model_options": named}
-    if reason := mismatch(saved, options):
+    if "model_options" in asked:  # some of them may be named
+        named = {**saved.get("model_options", {}), **asked["model_options"]}
+        asked = {**asked, "model_options": named}
+    if reason := mismatch(saved, asked):
         raise TrainError(f"the checkpoint {found[0]} does not fit this run: {reason}")
-    return options
+    return {**saved, **asked}
 
 
 def _inherited(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
