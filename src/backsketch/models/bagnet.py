@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 EXPANSION = 4
 # receptive field -> number of stages that open with a 3x3 convolution
@@ -63,8 +64,17 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.branch(x)
-        height, width = out.shape[-2:]
-        return self.relu(out + self.shortcut(x)[..., :height, :width])
+        return self.relu(out + _cropped(self.shortcut(x), *out.shape[-2:]))
+
+
+def _cropped(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns.
+
+    An index would do, but for its gradient, which is never channels last: PyTorch's batch norm takes some twenty
+    times as long for a cotangent that lies in memory otherwise than its input.
+    """
+    below, right = x.shape[-2] - height, x.shape[-1] - width
+    return F.pad(x, (0, -right, 0, -below)) if below or right else x
 
 
 class BagNet(nn.Module):
