@@ -128,6 +128,43 @@ def test_convolution_kernels_agree_with_their_twin_bit_for_bit(case, dtype, kern
                 assert equal(only[1], slow[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_of_channels_last_have_the_same_bits(case, dtype, kernels):
+    geometry, (g, x, w) = convolved(case, dtype)
+    last_g, last_x = (t.contiguous(memory_format=torch.channels_last) for t in (g, x))
+    plain, last = (
+        kernels.convolution_vjps(*operands, w, None, KEYS, geometry)
+        for operands in ((g, x), (last_g, last_x))
+    )
+    packed = kernels.pack_images(last_x, KEYS[2], geometry)
+    assert all(map(equal, packed, kernels.pack_images(x, KEYS[2], geometry)))
+    kept = kernels.convolution_vjps(last_g, None, w, packed, KEYS, geometry)
+    assert last[0].stride() == kept[0].stride() == last_x.stride()
+    assert all(map(equal, last, plain))
+    assert all(map(equal, kept, plain))
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["fresh", "saved"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_one_tap_that_strides_reads_a_part_of_the_input(layout, save):
+    """What is passed over gets the gradient zero, is not kept, and has no say in the scales."""
+    layer = nn.Conv2d(5, 4, 1, (2, 3), bias=False)
+    x = torch.randn(6, 5, 7, 8)
+    x[:, :, 1::2] = 1e6
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    exact = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+    bs.sketch_(layer, bs.Int8(save=save))
+    ours = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+    assert ours[0].stride() == exact[0].stride()
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(b.abs().max()))
+    assert torch.equal(ours[0] == 0, exact[0] == 0)
+    if save:
+        kept = 6 * 5 * 4 * 3
+        assert kept <= bs.saved_bytes(layer, x).total < kept + 300
+
+
 @contextmanager
 def threads_of_torch(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -141,6 +178,8 @@ def threads_of_torch(count: int) -> Iterator[None]:
 LAYERS = {
     "1x1": lambda: nn.Conv2d(4, 6, 1),
     "strided": lambda: nn.Conv2d(4, 6, 3, 2, padding=1),
+    "1x1, strided": lambda: nn.Conv2d(4, 6, 1, 2),
+    "channels last": lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last),
     "grouped": lambda: nn.Conv2d(4, 4, 3, groups=2),
 }
 

@@ -21,6 +21,7 @@ from backsketch.ops.function import apply
 from backsketch.ops.layout import in_format
 from backsketch.ops.linear import Linear, check_estimator
 from backsketch.products import Geometry, Packed, Source
+from backsketch.products.convolution import is_channels_last
 
 __all__ = [
     "Convolution",
@@ -368,7 +369,7 @@ def conv_transpose(
     )
     op = TransposedConvolution(
         tuple(weight.shape[2:]), stride, padding, dilation, tuple(x.shape[2:]), groups,
-        output_padding, channels_last=_is_channels_last(x),
+        output_padding, channels_last=is_channels_last(x),
     )  # fmt: skip
     return apply(op, x, columns_first(weight, groups), bias, sketch)
 
@@ -394,20 +395,13 @@ def _convolve(
     kernel, dilation = tuple(weight.shape[2:]), _sizes(dilation, dims)
     if isinstance(padding, str):
         x, padding = _explicit_padding(x, kernel, dilation, padding)
-    channels_last = _is_channels_last(x)
+    channels_last = is_channels_last(x)
     make = bilinear_convolution if sketch.needs_rows or channels_last else Convolution
     op = make(
         kernel, _sizes(stride, dims), _sizes(padding, dims), dilation,
         groups=groups, spatial=tuple(x.shape[2:]), channels_last=channels_last,
     )  # fmt: skip
     return apply(op, x, weight, bias, sketch)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the positions are the rows of a matrix as it lies in memory."""
-    if x.ndim != 4 or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _sizes(value: int | Sizes, dims: int) -> Sizes:

@@ -156,6 +156,13 @@ def convolution_vjps(
         ``(samples, in, *spatial)`` and ``(out, in / groups, *kernel)`` in the dtype of g, None for what is not
         wanted.
     """
+    if (dense := geometry.dense()) is not None:
+        if isinstance(x, Tensor):
+            x = geometry.read(x)
+        below, at_weight = convolution_vjps(
+            g, x, weight, dense, seed, stream=stream, numbers=numbers
+        )
+        return None if below is None else geometry.place(below), at_weight
     wanted = weight is not None, x is not None
     x, codes, scales = _three(x)
     below, at_weight = _OPERATORS[numbers].convolution(
@@ -199,13 +206,17 @@ def pack_images(
     """The codes of ``x`` ``(samples, in, *spatial)`` as :func:`convolution_vjps` reads them.
 
     Returns:
-        uint8 in the shape of x and the scales, ``(blocks of samples, in)``.
+        uint8 in the shape of what the convolution reads of x, and the scales, ``(blocks of samples, in)``.
     """
+    if (dense := geometry.dense()) is not None:
+        return pack_images(geometry.read(x), dense, seed, stream, numbers)
     return Packed(*_OPERATORS[numbers].pack_images(x, seed, stream, *_lists(geometry)))
 
 
 def unpack_images(packed: Packed, geometry: Geometry, numbers: str = "int8") -> Tensor:
     """The rounded tensor of which :func:`pack_images` kept the codes, in the dtype of its scales."""
+    if (dense := geometry.dense()) is not None:
+        return geometry.place(unpack_images(packed, dense, numbers))
     codes, scales = packed
     each = scales.repeat_interleave(geometry.samples_of_block(), 0)[: codes.shape[0]]
     values = NUMBERS[numbers].decode(codes).to(scales.dtype)
@@ -340,19 +351,28 @@ def _convolution_impl(
     below, at_weight = _convolution_fake(g, x, weight, codes, scales, seed, stream, *lists)
     if not g.numel():
         return below.zero_(), at_weight.zero_()
+    layout = _layout_of(g, x)
     geometry = Geometry(*lists).plane()
     run, dtype = _images_implementation(g, numbers, geometry.fits_integers(g.shape[1]))
     codes, x = (t if t is None else geometry.planes(t) for t in (codes, x))
     weight = weight if weight is None else geometry.taps(weight)
-    operands = (geometry.planes(g), x, weight)
-    same = [None if t is None else t.to(dtype).contiguous() for t in operands]
-    packed = None if codes is None else (codes, scales)
-    results = run.convolution_vjps(*same, packed, _keys(seed, stream), geometry)
-    shaped = [
-        to if r is None else r.to(to.dtype).view(to.shape)
-        for r, to in zip(results, (below, at_weight))
+    layouts = (layout, layout, torch.contiguous_format)
+    same = [
+        None if t is None else t.to(dtype).contiguous(memory_format=own)
+        for t, own in zip((geometry.planes(g), x, weight), layouts)
     ]
-    return shaped[0], shaped[1]
+    packed = None if codes is None else (codes, scales)
+    first, second = run.convolution_vjps(*same, packed, _keys(seed, stream), geometry)
+    if first is not None:
+        first = first.to(below.dtype).view(below.shape).contiguous(memory_format=layout)
+    if second is not None:
+        second = second.to(at_weight.dtype).view(at_weight.shape)
+    return below if first is None else first, at_weight if second is None else second
+
+
+def _layout_of(g: Tensor, x: Tensor | None) -> torch.memory_format:
+    """The memory format of the gradient of an input."""
+    return images.layout_of(g if x is None else x)
 
 
 def _convolution_fake(
@@ -364,7 +384,8 @@ def _convolution_fake(
     whole = x if x is not None else codes
     below = at_weight = g.new_empty(0)
     if weight is not None:
-        below = g.new_empty(n, weight.shape[1] * groups, *spatial)
+        shape = n, weight.shape[1] * groups, *spatial
+        below = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=_layout_of(g, x))
     if whole is not None:
         at_weight = g.new_empty(o, whole.shape[1] // groups, *kernel)
     return below, at_weight
@@ -379,7 +400,11 @@ def _pack_images_impl(
     geometry = Geometry(*lists).plane()
     planes = geometry.planes(x)
     run, dtype = _images_implementation(x, numbers, planes.ndim == 4)
-    codes, scales = run.pack_images(planes.to(dtype).contiguous(), key_of(seed, stream), geometry)
+    codes, scales = run.pack_images(
+        planes.to(dtype).contiguous(memory_format=images.layout_of(planes)),
+        key_of(seed, stream),
+        geometry,
+    )
     return codes.view(x.shape), scales
 
 

@@ -31,10 +31,55 @@ struct Convolution {
   Axis y, x_axis;
   Key keys[4];              // g by sample, w, x, g by channel
   float *grad_input, *grad_weight;
+  bool channels_last;       // of g, x and grad_input in memory
   int threads;
 
   i64 samples_of_block() const { return std::max<i64>(1, BLOCK / std::max<i64>(1, y.out * x_axis.out)); }
 };
+
+template <class T>
+using Entries = std::conditional_t<sizeof(T) == 4, v16, h16>;  // 16 of them, as bits
+
+// The first or the second halves of two vectors, entry by entry.
+inline v16 zip(v16 a, v16 b, bool second) {
+  return second ? __builtin_shuffle(a, b, v16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+                : __builtin_shuffle(a, b, v16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+}
+
+inline h16 zip(h16 a, h16 b, bool second) {
+  return second ? __builtin_shuffle(a, b, h16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+                : __builtin_shuffle(a, b, h16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+}
+
+template <class V>
+inline void zip_lines(const V *a, V *b) {
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++) b[2 * k] = zip(a[k], a[k + 8], false), b[2 * k + 1] = zip(a[k], a[k + 8], true);
+}
+
+// Rows become columns: `ld` and `ld_to` entries lie between lines. In squares of 16, whose lines are written whole: interleaving the
+// lines k and k + 8 of a square four times over transposes it.
+template <class T>
+void transpose(const T *from, i64 ld, i64 rows, i64 columns, T *to, i64 ld_to) {
+  typedef Entries<T> V;
+  for (i64 r = 0; r < rows; r += 16)
+    for (i64 c = 0; c < columns; c += 16) {
+      const i64 high = std::min<i64>(16, rows - r), wide = std::min<i64>(16, columns - c);
+      V a[16], b[16];
+      for (i64 m = 0; m < 16; m++) {
+        const T *line = from + (r + m) * ld + c;
+        if (m >= high) a[m] = V{};
+        else if (wide == 16) std::memcpy(a + m, line, sizeof(V));
+        else a[m] = V{}, std::memcpy(a + m, line, wide * sizeof(T));
+      }
+      zip_lines(a, b), zip_lines(b, a), zip_lines(a, b), zip_lines(b, a);
+      for (i64 m = 0; m < wide; m++) {
+        T *line = to + (c + m) * ld_to + r;
+        if (high == 16) std::memcpy(line, a + m, sizeof(V));
+        else std::memcpy(line, a + m, high * sizeof(T));
+      }
+    }
+}
 
 // --------------------------------------------------------------------------------------------------------------
 // Rounding
@@ -364,15 +409,16 @@ constexpr i64 VECTORS = 16;  // whose codes meet all rows of the weight before t
 
 // grad_input of one group of some samples from their padded cotangents, `apart` bytes from each other.
 void input_of(const Convolution &p, const Padded &padded, const Weights &weights, i64 group, i64 samples, const u8 *codes, i64 apart,
-              const float *steps, float *out, float *plane) {
+              const float *steps, float *to_samples, float *plane) {
   const i64 in = p.c / p.groups, area = p.y.in * p.x_axis.in, phases = (i64)weights.phases.size();
+  float *out = to_samples + group * in * (p.channels_last ? 1 : area);
   const float *column_steps = weights.steps.data() + group * in;
   for (const Phase &phase : weights.phases)
     if (!phase.depth) {  // positions that no tap reaches
       for (i64 s = 0; s < samples; s++)
-        for (i64 c = 0; c < in; c++) {
-          float *to = out + (s * p.c + c) * area;
-          std::fill(to, to + area, 0.0f * column_steps[c] * steps[s]);
+        for (i64 k = 0; k < (p.channels_last ? area : in); k++) {
+          if (p.channels_last) for (i64 c = 0; c < in; c++) out[(s * area + k) * p.c + c] = 0.0f * column_steps[c] * steps[s];
+          else std::fill_n(out + (s * p.c + k) * area, area, 0.0f * column_steps[k] * steps[s]);
         }
       break;
     }
@@ -381,7 +427,7 @@ void input_of(const Convolution &p, const Padded &padded, const Weights &weights
     if (!phase.depth || !phase.rows || !phase.columns) continue;
     const i64 flat = phase.rows * padded.width, each = (flat + 15) / 16, line = samples * each * 16;
     // Rows without gaps need no copy.
-    const bool direct = phases == 1 && padded.width == p.x_axis.in;
+    const bool direct = phases == 1 && padded.width == p.x_axis.in && !p.channels_last;
     const u8 *right = codes + (padded.above * padded.width + padded.before) * 4;
     const u8 *left = weights.codes.data() + group * weights.of_group + 4 * phase.first;
     const auto column = [&](i64 k) { return right + k / each * apart + k % each * 64; };
@@ -432,7 +478,11 @@ void input_of(const Convolution &p, const Padded &padded, const Weights &weights
       }
     }
     if (direct) continue;
-    for (i64 s = 0; s < samples; s++)
+    for (i64 s = 0; s < samples && p.channels_last; s++)
+      for (i64 r = 0; r < phase.rows; r++)
+        transpose(plane + s * each * 16 + r * padded.width, line, in, phase.columns,
+                  out + (s * area + (r * p.y.stride + phase.y) * p.x_axis.in + phase.x) * p.c, p.x_axis.stride * p.c);
+    for (i64 s = 0; s < samples && !p.channels_last; s++)
       for (i64 c = 0; c < in; c++)
         for (i64 r = 0; r < phase.rows; r++) {
           const float *from = plane + c * line + s * each * 16 + r * padded.width;
@@ -548,7 +598,10 @@ bool convolve(const Convolution &p) {
     i64 plane = 0;
     for (const Phase &phase : weights.phases) plane = std::max(plane, in * together * up(phase.rows * padded.width, 16));
     const i64 apart = fours * padded.plane;  // between the cotangents of two samples
-    const bool mine = own.reserve(12 * ld + up(size, 16) + 64 + together * apart + TILE * padded.plane + plane * 4 + together * (p.o + p.c + 1) * 4 + 4096);
+    // Of channels last, the samples of a block with the channels first.
+    const i64 moved = p.channels_last ? together : 0, g_moved = moved * p.o * positions, x_moved = moved * p.c * size;
+    const i64 of_moved = (g_moved + (x ? x_moved : 0)) * (i64)sizeof(T) + 128;
+    const bool mine = own.reserve(of_moved + 12 * ld + up(size, 16) + 64 + together * apart + TILE * padded.plane + plane * 4 + together * (p.o + p.c + 1) * 4 + 4096);
     if (!mine) {
 #pragma omp atomic write
       enough = false;
@@ -561,12 +614,19 @@ bool convolve(const Convolution &p) {
       float *result = own.take<float>(plane);
       i32 *g_most = own.take<i32>(together * p.o), *x_most = own.take<i32>(p.c);
       float *steps_of = own.take<float>(together);
+      T *g_first = own.take<T>(g_moved), *x_first = own.take<T>(x ? x_moved : 0);
       for (i64 start = 0; start < all; start += chunk) {
         const i64 blocks = std::min(chunk, all - start);
 #pragma omp for schedule(dynamic, 1)
         for (i64 b = 0; b < blocks; b++) {
           const i64 first = (start + b) * together, samples = std::min(together, p.n - first);
-          for (i64 k = 0; k < samples * p.o; k++) g_most[k] = largest_of(g + (first * p.o + k) * positions, positions);
+          const T *gs = g + first * p.o * positions, *xs = x ? x + first * p.c * size : nullptr;
+          for (i64 s = 0; s < moved && s < samples; s++) {
+            transpose(gs + s * p.o * positions, p.o, positions, p.o, g_first + s * p.o * positions, positions);
+            if (x) transpose(xs + s * p.c * size, p.c, size, p.c, x_first + s * p.c * size, size);
+          }
+          if (moved) gs = g_first, xs = x_first;
+          for (i64 k = 0; k < samples * p.o; k++) g_most[k] = largest_of(gs + k * positions, positions);
           for (i64 s = 0; s < samples && at_weight; s++)
             for (i64 c = 0; c < p.c; c++) {
               const i64 row = (first + s) * p.c + c;
@@ -574,7 +634,7 @@ bool convolve(const Convolution &p) {
                 fill_image(p.codes + row * size, p.y, p.x_axis, image, images + b * of_images + c * of_channel + s * image.bytes);
                 x_steps[b * p.c + c] = p.steps[(start + b) * p.c + c];
               } else {
-                const i32 most = largest_of(x + row * size, size);
+                const i32 most = largest_of(xs + (s * p.c + c) * size, size);
                 x_most[c] = s == 0 ? most : std::max(x_most[c], most);
               }
             }
@@ -583,7 +643,7 @@ bool convolve(const Convolution &p) {
             scale_of(x_most[c], x_steps[b * p.c + c], rate);
             for (i64 s = 0; s < samples; s++) {
               const i64 row = (first + s) * p.c + c;
-              round_line<false>(x + row * size, size, row, p.keys[2], &rate, line);
+              round_line<false>(xs + (s * p.c + c) * size, size, row, p.keys[2], &rate, line);
               fill_image(line, p.y, p.x_axis, image, images + b * of_images + c * of_channel + s * image.bytes);
             }
           }
@@ -598,13 +658,13 @@ bool convolve(const Convolution &p) {
                 const i64 many = std::min<i64>(4, out - 4 * four), o = group * out + 4 * four, number = b * p.groups + group;
                 const i64 panel = 4 * four / WIDE * WIDE, width = width_of(out, panel), row = (first + s) * p.o + o;
                 for (i64 m = 0; m < many; m++) {
-                  if (below) round_line<false>(g + (row + m) * positions, positions, row + m, p.keys[0], &rate, lines + m * ld);
+                  const T *read = gs + (s * p.o + o + m) * positions;
+                  if (below) round_line<false>(read, positions, row + m, p.keys[0], &rate, lines + m * ld);
                   if (!at_weight) continue;
                   i32 most = 0;
                   for (i64 t = 0; t < samples; t++) most = std::max(most, g_most[t * p.o + o + m]);
                   scale_of(most, g_steps[number * wide + 4 * four + m], rates[m]);
-                  const i32 sum =
-                      round_line<false>(g + (row + m) * positions, positions, row + m, p.keys[3], rates + m, lines + (4 + m) * ld);
+                  const i32 sum = round_line<false>(read, positions, row + m, p.keys[3], rates + m, lines + (4 + m) * ld);
                   i32 &sums = g_sums[number * wide + 4 * four + m];
                   sums = s == 0 ? sum : sums + sum;
                 }
@@ -619,8 +679,7 @@ bool convolve(const Convolution &p) {
               }
             }
             if (below)
-              input_of(p, padded, weights, group, samples, codes, apart, steps_of, p.grad_input + (first * p.c + group * in) * size,
-                       result);
+              input_of(p, padded, weights, group, samples, codes, apart, steps_of, p.grad_input + first * p.c * size, result);
           }
         }
 #if WITH_TILES
@@ -715,17 +774,23 @@ void pack_images(const Convolution &p, u8 *codes, float *steps) {
 #pragma omp parallel num_threads(p.threads)
   {
     std::vector<u8> line(up(size, 16) + 16);
+    std::vector<T> moved(p.channels_last ? together * p.c * size : 0);
 #pragma omp for schedule(static)
-    for (i64 t = 0; t < (p.n + together - 1) / together * p.c; t++) {
-      const i64 block = t / p.c, c = t % p.c, begin = block * together, end = std::min(p.n, begin + together);
-      const T *x = (const T *)p.x;
-      i32 most = 0;
-      for (i64 s = begin; s < end; s++) most = std::max(most, largest_of(x + (s * p.c + c) * size, size));
-      float rate;
-      scale_of(most, steps[t], rate);
-      for (i64 s = begin; s < end; s++) {
-        round_line<false>(x + (s * p.c + c) * size, size, s * p.c + c, p.keys[2], &rate, line.data());
-        std::memcpy(codes + (s * p.c + c) * size, line.data(), size);
+    for (i64 block = 0; block < (p.n + together - 1) / together; block++) {
+      const i64 first = block * together, samples = std::min(together, p.n - first);
+      const T *x = (const T *)p.x + first * p.c * size;
+      for (i64 s = 0; s < samples && p.channels_last; s++) transpose(x + s * p.c * size, p.c, size, p.c, moved.data() + s * p.c * size, size);
+      if (p.channels_last) x = moved.data();
+      for (i64 c = 0; c < p.c; c++) {
+        i32 most = 0;
+        for (i64 s = 0; s < samples; s++) most = std::max(most, largest_of(x + (s * p.c + c) * size, size));
+        float rate;
+        scale_of(most, steps[block * p.c + c], rate);
+        for (i64 s = 0; s < samples; s++) {
+          const i64 row = (first + s) * p.c + c;
+          round_line<false>(x + (s * p.c + c) * size, size, row, p.keys[2], &rate, line.data());
+          std::memcpy(codes + row * size, line.data(), size);
+        }
       }
     }
   }

@@ -23,9 +23,21 @@ from backsketch.products import eager
 from backsketch.products.eager import Key, magnitude
 from backsketch.products.numbers import BLOCK, INT8, Numbers
 
-__all__ = ["Geometry", "convolution_vjps", "pack"]
+__all__ = ["Geometry", "convolution_vjps", "is_channels_last", "layout_of", "pack"]
 
 Sizes = tuple[int, ...]  # one number a spatial dimension
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the positions of images are the rows of a matrix as it lies in memory."""
+    if x.ndim != 4 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The memory format that the products leave an input or a cotangent in; any other one becomes contiguous."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,30 @@ class Geometry:
         """The size of the cotangent."""
         each = zip(self.spatial, self.kernel, self.stride, self.padding, self.dilation)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each)
+
+    def dense(self) -> Geometry | None:
+        """The same over the positions that it reads, where it passes over some: one tap that strides."""
+        if {*self.kernel} != {1} or {*self.stride} == {1} or any(self.padding):
+            return None
+        ones = (1,) * len(self.kernel)
+        return Geometry(self.kernel, ones, self.padding, ones, self.outputs(), self.groups)
+
+    def read(self, x: Tensor) -> Tensor:
+        """The positions of an input that belong to :meth:`dense`, in its memory format."""
+        return x[self._steps].contiguous(memory_format=layout_of(x))
+
+    def place(self, read: Tensor) -> Tensor:
+        """Undo :meth:`read`: zero elsewhere."""
+        shape = (*read.shape[:2], *self.spatial)
+        whole = torch.empty(
+            shape, dtype=read.dtype, device=read.device, memory_format=layout_of(read)
+        ).zero_()
+        whole[self._steps] = read
+        return whole
+
+    @property
+    def _steps(self) -> tuple[slice, ...]:
+        return (slice(None), slice(None), *(slice(None, None, s) for s in self.stride))
 
     def samples_of_block(self) -> int:
         """How many samples share the step of a channel."""

@@ -43,19 +43,22 @@ void backsketch_int8_pack(const void *x, i64 n, i64 j, u32 first, u32 second, in
 }
 
 // `sizes`: samples, channels in and out, groups, then in, out, kernel, stride, padding, dilation of both axes. `codes` and
-// `steps`: of a rounded x. 0: no memory.
+// `steps`: of a rounded x. `channels_last`: g, x and grad_input are; the codes never. 0: no memory.
 int backsketch_int8_convolution(const void *g, const void *x, const void *w, const u8 *codes, const float *steps, const i64 *sizes,
-                                const u32 *keys, int is_bfloat, float *grad_input, float *grad_weight, int threads) {
+                                const u32 *keys, int is_bfloat, int channels_last, float *grad_input, float *grad_weight,
+                                int threads) {
   Convolution p = convolution(sizes, threads);
+  p.channels_last = channels_last != 0;
   p.g = g, p.x = x, p.w = w, p.codes = codes, p.steps = steps, p.grad_input = grad_input, p.grad_weight = grad_weight;
   for (int i = 0; i < 4; i++) p.keys[i] = {keys[2 * i], keys[2 * i + 1]};
   return is_bfloat ? convolve<Bfloat>(p) : convolve<float>(p);
 }
 
 // Codes of x, and the step of each block of samples and channel, for a later call with `codes`.
-void backsketch_int8_pack_images(const void *x, const i64 *sizes, u32 first, u32 second, int is_bfloat, u8 *codes, float *steps,
-                                 int threads) {
+void backsketch_int8_pack_images(const void *x, const i64 *sizes, u32 first, u32 second, int is_bfloat, int channels_last,
+                                 u8 *codes, float *steps, int threads) {
   Convolution p = convolution(sizes, threads);
+  p.channels_last = channels_last != 0;
   p.x = x, p.keys[2] = {first, second};
   is_bfloat ? pack_images<Bfloat>(p, codes, steps) : pack_images<float>(p, codes, steps);
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backsketch.native import Source
 from backsketch.products import convolution, eager
-from backsketch.products.convolution import Geometry
+from backsketch.products.convolution import Geometry, is_channels_last, layout_of
 
 __all__ = ["SOURCE", "Kernels", "library"]
 
@@ -81,31 +81,38 @@ class Kernels:
         keys: tuple[eager.Key, ...],
         geometry: Geometry,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See :func:`backsketch.products.convolution.convolution_vjps`; the results are float32."""
+        """See :func:`backsketch.products.convolution.convolution_vjps`; the results are float32.
+
+        All tensors are contiguous, or g and x are channels last, as the gradient of the input is then.
+        """
         n, o = g.shape[:2]
         codes, steps = packed or (None, None)
         inner = _inner_channels(x, weight, codes, geometry)
         c = inner * geometry.groups
-        below = None if weight is None else torch.empty(n, c, *geometry.spatial)
+        images = g if x is None else x
+        below = None
+        if weight is not None:
+            below = torch.empty(n, c, *geometry.spatial, memory_format=layout_of(images))
         wanted = x is not None or packed is not None
         at_weight = torch.empty(o, inner, *geometry.kernel) if wanted else None
         done = self._library.backsketch_int8_convolution(
             _at(g), _at(x), _at(weight), _at(codes), _at(steps), _sizes(n, c, o, geometry), _words(keys),
-            _is_bfloat(g), _at(below), _at(at_weight), _threads(g.numel() * inner * prod(geometry.kernel)),
+            _is_bfloat(g), int(is_channels_last(images)), _at(below), _at(at_weight),
+            _threads(g.numel() * inner * prod(geometry.kernel)),
         )  # fmt: skip
         if not done:
             raise MemoryError("no memory for the codes of an 8-bit convolution")
         return below, at_weight
 
     def pack_images(self, x: Tensor, key: eager.Key, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """See :func:`backsketch.products.convolution.pack`."""
+        """See :func:`backsketch.products.convolution.pack`; x is contiguous or channels last."""
         n, c = x.shape[:2]
         codes = torch.empty(x.shape, dtype=torch.uint8)
         steps = torch.empty(-(-n // geometry.samples_of_block()), c)
         first, second = (ctypes.c_uint32(word) for word in key)
         self._library.backsketch_int8_pack_images(
-            _at(x), _sizes(n, c, 1, geometry), first, second, _is_bfloat(x), _at(codes), _at(steps),
-            _threads(64 * x.numel()),
+            _at(x), _sizes(n, c, 1, geometry), first, second, _is_bfloat(x), int(is_channels_last(x)),
+            _at(codes), _at(steps), _threads(64 * x.numel()),
         )  # fmt: skip
         return codes, steps
 

@@ -46,6 +46,10 @@ class Variances:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Variances of what :func:`backsketch.products.convolution_vjps` estimates."""
         assert not isinstance(x, Packed)
+        if (dense := geometry.dense()) is not None:
+            x = None if x is None else geometry.read(x)
+            below, at_weight = self.convolution_vjps(g, x, weight, dense)
+            return None if below is None else geometry.place(below), at_weight
         g = g.double()
         below = at_weight = None
         if weight is not None:

@@ -79,8 +79,9 @@ def _over_positions(
         seed, stream, False,
     )  # fmt: skip
     if wanted[0]:
-        at_positions = below.view(*g.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
-        below = torch.empty_like(x).copy_(at_positions)
+        below = below.view(*g.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
+        if below.stride() != x.stride():
+            below = torch.empty_like(x).copy_(below)
     return below, at_weight.view(weight.shape) if wanted[1] else at_weight
 
 
