@@ -88,6 +88,20 @@ def test_options_arrive_in_the_configuration():
     assert {name: found[name] for name in expected} == expected
 
 
+def test_a_model_pretrained_on_some_classes_is_tuned_on_all():
+    done = invoke(*QUICK, "--sketch", "none", "--classes", "0,1,2,3,4,5,6,7", "--out", "eight")
+    assert done.exit_code == 0, done.output
+    eight = json.loads(Path("eight/result.json").read_text())
+    assert eight["config"]["classes"] == [0, 1, 2, 3, 4, 5, 6, 7]
+    done = invoke(*QUICK, "--sketch", "int8", "--init", "eight", "--out", "ten")
+    assert done.exit_code == 0, done.output
+    ten = json.loads(Path("ten/result.json").read_text())
+    assert ten["data"]["num_train"] > eight["data"]["num_train"]
+    done = invoke("--out", "eight", "--resume", "--classes", "0,1")
+    assert done.exit_code == 2
+    assert "it was made with classes = [0, 1, 2, 3, 4, 5, 6, 7], not [0, 1]" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +110,9 @@ def test_options_arrive_in_the_configuration():
         ("--sketch automatic", "or say auto, or none for exact training"),
         ("--sketch rows:keep=1.5", "keep"),
         ("--sketch rows:keep=0", "keep"),
+        ("--classes 0,ten", "'0,ten' is not a list such as"),
+        ("--classes 0,10", "classes must be in 0..9 of digits"),
+        ("--init nowhere", "there is no checkpoint nowhere"),
         ('--sketch {"fc9":"rows:keep=0.5"}', "matches no module; near names: fc"),
         ('--sketch {"fc1":"rows:keep=0.5"', "is not a JSON object"),
         ("--sketch {}", "has no rules"),

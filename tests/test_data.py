@@ -122,6 +122,22 @@ def test_label_column_chooses_between_two(tmp_path):
         load_data(folder, label_column="middle")
 
 
+def test_some_classes_keep_their_numbers():
+    data = load_data("digits")
+    some = data.of_classes([7, 2, 2])
+    assert some.train_labels.unique().tolist() == some.test_labels.unique().tolist() == [2, 7]
+    assert some.num_classes == 10
+    kept = torch.isin(data.train_labels, torch.tensor([2, 7]))
+    assert torch.equal(some.train_images, data.train_images[kept])
+    assert data.of_classes(None) is data
+
+
+@pytest.mark.parametrize("classes", [[3, 10], [-1], []], ids=str)
+def test_classes_that_do_not_exist_are_refused(classes):
+    with pytest.raises(TrainError, match=r"classes must be in 0..9 of digits, got"):
+        load_data("digits").of_classes(classes)
+
+
 def test_grey_stays_grey_and_mixed_becomes_colour(tmp_path):
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
     grey = parquet(

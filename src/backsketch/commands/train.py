@@ -92,6 +92,9 @@ def train_command(
     ] = None,
     image_size: Annotated[int | None, _model("resize and crop images to so many pixels")] = None,
     label_column: Annotated[str | None, _model("column of the classes")] = None,
+    classes: Annotated[
+        str | None, _model("train and test on these classes alone, as 0,1,2; the head keeps all")
+    ] = None,
     limit_train: Annotated[
         int | None, _model("train on a random subset of so many images, or the first tokens")
     ] = None,
@@ -150,6 +153,8 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     model_options = {name: given.pop(name) for name in MODEL_OPTIONS if name in given}
     if "widths" in model_options:
         model_options["widths"] = _integers(model_options["widths"])
+    if "classes" in given:
+        given["classes"] = _integers(given["classes"])
     return {**given, "model_options": model_options} if model_options else given
 
 

@@ -15,6 +15,7 @@ import backsketch as bs
 from backsketch.files import write_whole
 from backsketch.train.errors import TrainError
 
+CHECKPOINT = "checkpoint.pt"  # in the folder of a run
 FORMAT = 3
 DIGEST = "digest"
 KINDS: Mapping[str, type | tuple[type, ...]] = {
@@ -54,7 +55,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         TrainError: no such file, not a checkpoint, damaged, or changed since it was written.
     """
     if not path.is_file():
-        raise TrainError(f"there is no checkpoint {path} to resume from")
+        raise TrainError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and runtime errors all mean the same to the user

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import ceil
 from types import MappingProxyType
@@ -59,7 +59,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 # Fields of `TrainConfig` that mean something for one task alone.
 OWN_OPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"images": ("augment", "label_column", "image_size"), "text": ("tokenizer",)}
+    {"images": ("augment", "label_column", "image_size", "classes"), "text": ("tokenizer",)}
 )
 
 
@@ -89,6 +89,7 @@ class TrainConfig:
         device: `"auto"`, or a torch device; it does not take part in `mismatch`.
         threads: of a CPU; by default PyTorch's choice.
         limit_train: so many images, or tokens of text, at most.
+        classes: train and test on images of these classes alone; the model keeps an output for every class.
         evaluations: how often an epoch looks at the test split, evenly spread, the last at its end.
         tokenizer: of text: `"bytes"`, `"bpe:4096"`, or a file or hub name.
         init: the folder of an earlier run, whose weights this one starts from.
@@ -116,6 +117,7 @@ class TrainConfig:
     limit_train: int | None = None
     label_column: str | None = None
     image_size: int | None = None
+    classes: Sequence[int] | None = None
     evaluations: int = 1
     model_options: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None

@@ -6,7 +6,7 @@ Order, augmentation and normalisation of a batch are pure functions of the seed,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,31 @@ class ImageData:
 
     def keep_model(self, core: nn.Module, out: Path) -> None:
         """Nothing beyond the checkpoint."""
+
+    def of_classes(self, classes: Sequence[int] | None) -> ImageData:
+        """The images of some classes, which keep their numbers: `num_classes` stays.
+
+        Raises:
+            TrainError: there is no such class, or a split has no image of them.
+        """
+        if classes is None:
+            return self
+        wanted = sorted(set(classes))
+        if not wanted or not 0 <= wanted[0] <= wanted[-1] < self.num_classes:
+            raise TrainError(
+                f"classes must be in 0..{self.num_classes - 1} of {self.name}, got {wanted}"
+            )
+        train, test = (
+            torch.isin(labels, torch.tensor(wanted))
+            for labels in (self.train_labels, self.test_labels)
+        )
+        for split, rows in (("train", train), ("test", test)):
+            if not rows.any():
+                raise TrainError(f"no {split} image of {self.name} is of the classes {wanted}")
+        return replace(
+            self, train_images=self.train_images[train], train_labels=self.train_labels[train],
+            test_images=self.test_images[test], test_labels=self.test_labels[test],
+        )  # fmt: skip
 
     def limited(self, limit: int | None, seed: int = HELD_OUT_SEED) -> ImageData:
         """The same data with a seeded subset of `limit` training images.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import backsketch as bs
 from backsketch.planning.measure import step as measure
 from backsketch.train.checkpoint import (
+    CHECKPOINT,
     load_checkpoint,
     random_state,
     save_checkpoint,
@@ -233,12 +234,13 @@ class Trainer:
                 f"the checkpoint {self.checkpoint} cannot be continued: {told[0]}"
             ) from error
 
-    def start_from(self, weights: Mapping[str, Tensor], where: str) -> None:
-        """Begin with the weights of an earlier run.
+    def start_from(self, where: Path) -> None:
+        """Begin with the weights of an earlier run, in its folder.
 
         Raises:
-            TrainError: they are those of another model.
+            TrainError: there are none, or they are those of another model.
         """
+        weights = load_checkpoint(where / CHECKPOINT)["model"]
         try:
             self.core.load_state_dict(weights)
         except RuntimeError as error:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from backsketch.files import LOCK, make_folder, only_one, write_whole
-from backsketch.train.checkpoint import load_checkpoint
+from backsketch.train.checkpoint import CHECKPOINT, load_checkpoint
 from backsketch.train.config import (
     AUTO,
     DEFAULT_SKETCH,
@@ -40,7 +40,6 @@ from backsketch.train.show import (
 from backsketch.train.tasks import data_of
 from backsketch.train.tokens import FILE
 
-CHECKPOINT = "checkpoint.pt"
 EXACT_CHECKPOINT = "exact.pt"
 RESULT, PLOT, REPORT = "result.json", "plot.png", "sketch.txt"
 OUTPUTS = (CHECKPOINT, EXACT_CHECKPOINT, RESULT, PLOT)
@@ -226,9 +225,7 @@ def _runs(
             if resume and checkpoint.is_file():
                 trainer.load()
             elif config.init:
-                trainer.start_from(
-                    load_checkpoint(Path(config.init) / CHECKPOINT)["model"], config.init
-                )
+                trainer.start_from(Path(config.init))
             _write_report(trainer, out, console)
             setup = loading + time.perf_counter() - began
             trainer.fit(progress, stop)

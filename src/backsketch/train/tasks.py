@@ -28,11 +28,12 @@ class TaskData(Data, Protocol):
 
 
 def _images(options: Mapping[str, Any], stored: Path | None) -> ImageData:
-    return load_data(
+    data = load_data(
         options.get("data", "digits"),
         label_column=options.get("label_column"),
         image_size=options.get("image_size"),
-    ).limited(options.get("limit_train"))
+    )
+    return data.of_classes(options.get("classes")).limited(options.get("limit_train"))
 
 
 TASKS: Mapping[str, Callable[[Mapping[str, Any], Path | None], TaskData]] = MappingProxyType(

@@ -112,6 +112,8 @@ def run(options: Training) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=devices):
         checkpoint = Path(folder) / "checkpoint.pt"
         trainer = WatchedTrainer(config, data, accelerator, checkpoint, now=time.process_time)
+        if config.init:
+            trainer.start_from(Path(config.init))
         trainer.fit(TrainProgress(Console(quiet=True), enabled=False), StopRequest())
         with bs.exact(trainer.core):
             exact = measure.backward_flops(trainer.core, trainer.batch_of(0), trainer.loss)
