@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,7 +165,7 @@ def test_rows_with_zero_score_are_never_drawn_while_others_remain():
 WAYS = {"compiled": {}, "few": {"native": None}, "operators": {"native": None, "_IN_PYTHON": 0}}
 
 
-def drawn_each_way(scores, k, seed, floor=0.0):
+def drawn_each_way(scores, k, seed, floor=0.0, design="systematic", block=1):
     """The same draw by the compiled function, in plain numbers and by operators."""
     found = {}
     for name, changes in WAYS.items():
@@ -172,7 +174,7 @@ def drawn_each_way(scores, k, seed, floor=0.0):
                 patch.setattr(native, "draw", lambda *_: None)
             if "_IN_PYTHON" in changes:
                 patch.setattr(operators, "_IN_PYTHON", 0)
-            found[name] = draw(scores, k, seed, 3, floor=floor)
+            found[name] = draw(scores, k, seed, 3, design, floor, block)
     return found
 
 
@@ -182,22 +184,35 @@ def assert_same(samples):
         torch.testing.assert_close(sample.weights, samples["operators"].weights)
 
 
-@given(scores_and_k(), st.sampled_from([0.0, 0.1]), st.sampled_from([torch.float32, torch.float64]))
-@settings(max_examples=200, deadline=None)
-def test_every_way_to_draw_gives_the_same_rows(case, floor, dtype):
+DESIGNS_AND_BLOCKS = [("systematic", 1), ("permuted", 1), ("shuffled", 1), ("shuffled", 2)]
+
+
+@given(
+    scores_and_k(),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from(DESIGNS_AND_BLOCKS),
+)
+@settings(max_examples=300, deadline=None)
+def test_every_way_to_draw_gives_the_same_rows(case, floor, dtype, how):
     scores, k = case
+    scores = scores[: max(len(scores) // how[1] * how[1], how[1])]
+    if len(scores) % how[1]:
+        return
+    k = min(k, len(scores))
     if float(scores.max()) == 0:
         scores = scores + 1
-    assert_same(drawn_each_way(scores.to(dtype), k, sampling.next_seed(scores), floor))
+    assert_same(drawn_each_way(scores.to(dtype), k, sampling.next_seed(scores), floor, *how))
 
 
 @pytest.mark.parametrize("n", [65, 1000, 5000])
 def test_every_way_to_draw_many_rows_gives_the_same(n):
     scores = torch.rand(n, dtype=torch.float64) ** 4
     scores[::7] = 0
-    for k in (1, n // 10, n // 2, n - 1):
-        samples = drawn_each_way(scores, k, torch.tensor(n + k))
+    for k, name in itertools.product((1, n // 10, n // 2, n - 1), ("systematic", "permuted")):
+        samples = drawn_each_way(scores, k, torch.tensor(n + k), design=name)
         assert samples["few"].indices.shape == (k,)
+        assert bool((samples["few"].indices.diff() >= 0).all())
         assert_same(samples)
 
 

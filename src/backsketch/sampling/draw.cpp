@@ -86,15 +86,32 @@ void draw(const T *s, i64 n, i64 k, double u, double floor, i64 *indices, T *wei
   }
 }
 
+// The same with the rows in another order; those drawn come in their own.
+template <typename T>
+void draw_in(const i64 *order, const T *s, i64 n, i64 k, double u, double floor, i64 *indices, T *weights) {
+  if (!order) return draw(s, n, k, u, floor, indices, weights);
+  std::vector<T> scores(n), weight_of(n);
+  for (i64 i = 0; i < n; i++) scores[i] = s[order[i]];
+  draw(scores.data(), n, k, u, floor, indices, weights);
+  std::vector<i64> times(n, 0);
+  for (i64 j = 0; j < k; j++) {
+    const i64 row = order[indices[j]];
+    times[row]++, weight_of[row] = weights[j];
+  }
+  for (i64 row = 0, j = 0; row < n; row++)
+    for (i64 t = 0; t < times[row]; t++, j++) indices[j] = row, weights[j] = weight_of[row];
+}
+
 }  // namespace
 
 extern "C" {
 
-void backsketch_draw_f32(const float *s, i64 n, i64 k, double u, double floor, i64 *indices, float *weights) {
-  draw(s, n, k, u, floor, indices, weights);
+// `order`: a permutation of the rows, or null for their own order.
+void backsketch_draw_f32(const i64 *order, const float *s, i64 n, i64 k, double u, double floor, i64 *indices, float *weights) {
+  draw_in(order, s, n, k, u, floor, indices, weights);
 }
 
-void backsketch_draw_f64(const double *s, i64 n, i64 k, double u, double floor, i64 *indices, double *weights) {
-  draw(s, n, k, u, floor, indices, weights);
+void backsketch_draw_f64(const i64 *order, const double *s, i64 n, i64 k, double u, double floor, i64 *indices, double *weights) {
+  draw_in(order, s, n, k, u, floor, indices, weights);
 }
 }

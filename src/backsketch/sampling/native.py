@@ -26,11 +26,13 @@ def _functions() -> dict[torch.dtype, Callable[..., None]]:
         return {}
     single, double = library.backsketch_draw_f32, library.backsketch_draw_f64
     for function in (single, double):
-        function.argtypes, function.restype = (_P, _I, _I, _D, _D, _P, _P), None
+        function.argtypes, function.restype = (_P, _P, _I, _I, _D, _D, _P, _P), None
     return {torch.float32: single, torch.float64: double}
 
 
-def draw(scores: Tensor, k: int, u: float, floor: float) -> tuple[Tensor, Tensor] | None:
+def draw(
+    scores: Tensor, k: int, u: float, floor: float, order: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Indices and weights of ``k`` rows, as :func:`backsketch.sampling.design.few` finds them.
 
     Args:
@@ -38,6 +40,7 @@ def draw(scores: Tensor, k: int, u: float, floor: float) -> tuple[Tensor, Tensor
         k: how many, ``1 <= k <= n``.
         u: a uniform number in [0, 1).
         floor: see :func:`backsketch.sampling.inclusion_probabilities`.
+        order: int64 ``(n,)``, in which the rows come before the draw; those drawn come in their own.
 
     Returns:
         int64 ``(k,)`` and ``(k,)`` of the type of the scores; None where there is no compiled function for them.
@@ -47,5 +50,14 @@ def draw(scores: Tensor, k: int, u: float, floor: float) -> tuple[Tensor, Tensor
         return None
     indices, weights = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=scores.dtype)
     n, at = scores.shape[0], scores.data_ptr()
-    function(at, n, k, u, floor, indices.data_ptr(), weights.data_ptr())
+    function(
+        None if order is None else order.data_ptr(),
+        at,
+        n,
+        k,
+        u,
+        floor,
+        indices.data_ptr(),
+        weights.data_ptr(),
+    )
     return indices, weights

@@ -112,6 +112,9 @@ def _drawn(
         shuffles = size is not None and size < scores.shape[0]
         return gpu.draw(scores, k, seed, stream, u, floor, size if shuffles else None)
     order = order_of(design, scores.shape[0], block, scores.device, seed, stream)
+    drawn = native.draw(scores, k, u, floor, order) if scores.device.type == "cpu" else None
+    if drawn is not None:
+        return drawn
     if order is None:
         return _systematic(scores, k, u, floor)
     indices, weights = _systematic(scores[order], k, u, floor)
@@ -120,13 +123,10 @@ def _drawn(
 
 
 def _systematic(scores: Tensor, k: int, u: float, floor: float) -> tuple[Tensor, Tensor]:
-    """Systematic sampling in the order given, by the fastest way there is."""
-    if scores.device.type == "cpu":
-        if (drawn := native.draw(scores, k, u, floor)) is not None:
-            return drawn
-        if scores.shape[0] <= _IN_PYTHON:
-            chosen, weights = few(scores.tolist(), k, u, floor)
-            return torch.tensor(chosen), torch.tensor(weights, dtype=scores.dtype)
+    """Systematic sampling in the order given, without compiled functions."""
+    if scores.device.type == "cpu" and scores.shape[0] <= _IN_PYTHON:
+        chosen, weights = few(scores.tolist(), k, u, floor)
+        return torch.tensor(chosen), torch.tensor(weights, dtype=scores.dtype)
     pi = inclusion_probabilities(scores, k, floor)
     indices = systematic(pi, k, u)
     # A row without a chance can only be hit by rounding at the ends; its weight must not be infinite.
