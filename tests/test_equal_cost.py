@@ -170,6 +170,16 @@ def test_step_times_are_those_of_the_precision_that_is_trained_in(monkeypatch):
     assert all(seen)
 
 
+def test_a_compiled_arm_compiles_the_model_that_it_times(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    options = {key: FIXED[key] for key in ("model", "data", "limit")}
+    arms = {name: {"batch_size": 64, "train": SMALL} for name in ("plain", "compiled")}
+    arms["compiled"]["compile"] = True
+    step_time.run(step_time.StepTime(**options, arms=arms, rounds=2))
+    assert len(compiled) == 1
+
+
 # The tables, from records whose answers are known ------------------------------------------------------------
 
 
@@ -273,17 +283,25 @@ def test_quiet_step_times_win_and_checkpointing_makes_the_exact_steps():
     arms_timed = {
         "exact": {"batch_size": 10},
         "checkpointing": {"batch_size": 10, "checkpoint": ["blocks.*"]},
+        "rows, compiled": {"batch_size": 10, "sketch": "rows:keep=0.5", "compile": True},
+    }
+    timed = {
+        **{"exact": entry, "checkpointing": {**entry, "seconds": 0.4}},
+        "rows, compiled": {**entry, "seconds": 0.1},
     }
     job = {
         **{"id": "t", "problem": "step_time", "status": "done", "options": {"arms": arms_timed}},
-        "result": {"arms": {"exact": entry, "checkpointing": {**entry, "seconds": 0.4}}},
+        "result": {"arms": timed},
     }
-    exact, checkpointing, rows, _ = arms(made_sweep(*example().jobs, job))
+    exact, checkpointing, rows, compiled, _ = arms(made_sweep(*example().jobs, job))
     assert (exact.quiet, exact.step_seconds) == (True, 0.25)
     assert (rows.quiet, rows.step_seconds) == (False, 0.5)
     assert checkpointing.steps == exact.steps
     assert (checkpointing.step_seconds, checkpointing.saved_bytes) == (0.4, 7)
     assert best_exact([checkpointing, exact], exact.model) is exact
+    assert (compiled.steps, compiled.step_seconds) == (rows.steps, 0.1)
+    assert compiled.is_sketched
+    assert relative_step(compiled, exact) == 0.4
     comparison = equal_cost.page(made_sweep(*example().jobs, job)).tables[0]
     told = {row[0]: row[comparison.header.index("step")] for row in comparison.rows}
     assert (told["exact"], told["rows"]) == ("250.0 ms", "500.0 ms †")

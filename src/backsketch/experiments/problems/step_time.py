@@ -29,8 +29,8 @@ class StepTime:
     """Whole training steps: forward, backward and optimizer, on batches as in training.
 
     Attributes:
-        arms: name to options of :class:`Training` (``batch_size``, ``sketch``, ...) and ``checkpoint``,
-            patterns of submodules under activation checkpointing.
+        arms: name to options of :class:`Training` (``batch_size``, ``sketch``, ...), ``checkpoint``,
+            patterns of submodules under activation checkpointing, and ``compile``, for ``torch.compile``.
         rounds: in each of which every arm makes one step.
         clock: ``"cpu"`` for the processor time of this process, meant for one thread; ``"wall"`` for a GPU.
     """
@@ -50,7 +50,7 @@ class _Arm:
 
     def __init__(self, options: StepTime, arm: str, folder: str) -> None:
         given = dict(options.arms[arm])
-        patterns = given.pop("checkpoint", ())
+        patterns, compiled = given.pop("checkpoint", ()), given.pop("compile", False)
         job = Training(
             arm, options.model, options.data, limit=options.limit, device=options.device,
             **{"train": options.train, **given},
@@ -61,6 +61,8 @@ class _Arm:
         self.trainer = WatchedTrainer(config, data, accelerator, Path(folder) / "unused.pt")
         if patterns:
             self.trainer.model = checkpointed(self.trainer.core, patterns)
+        if compiled:
+            self.trainer.model = torch.compile(self.trainer.model)
         self.trainer.model.train()
         self.now = clock_of(options.clock, config.device)
         self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}

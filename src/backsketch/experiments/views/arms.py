@@ -100,6 +100,7 @@ class Arm:
         saved_bytes: kept for the backward pass of a step.
         goal: what it has to reach.
         parts: quiet seconds of forward, backward and optimizer, where they were measured.
+        is_twin: whether it makes the steps of another arm at a price of its own: compiled or checkpointed.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Arm:
     goal: Goal
     own_seconds: float
     parts: Mapping[str, float] = field(default_factory=dict)
-    checkpointed: bool = False
+    is_twin: bool = False
 
     @property
     def first(self) -> Run:
@@ -130,7 +131,7 @@ class Arm:
     @property
     def is_even(self) -> bool:
         """Whether all of its steps have the same arithmetic."""
-        return not self.checkpointed and self.first.options.get("sketch") != "auto"
+        return not self.is_twin and self.first.options.get("sketch") != "auto"
 
     @property
     def model(self) -> str:
@@ -181,7 +182,7 @@ def reached(result: Mapping[str, Any], goal: Goal) -> float | None:
 
 
 def arms(sweep: Sweep) -> list[Arm]:
-    """Every arm of a sweep, in its order; checkpointing follows the exact arm whose steps it makes.
+    """Every arm of a sweep, in its order; a twin follows the arm whose steps it makes.
 
     Raises:
         SweepError: there is no run, or no target in the settings.
@@ -194,15 +195,15 @@ def arms(sweep: Sweep) -> list[Arm]:
         runs.setdefault(options["arm"], []).append(Run(options, result))
     if not runs:
         raise SweepError(f"{sweep.name}: there is no training run")
-    quiet, checkpoints = _quiet_steps(sweep)
+    quiet, twins = _quiet_steps(sweep)
     found = []
     for name, own in runs.items():
         made = _arm(name, own, goal, quiet)
         found.append(made)
-        for other, entry in checkpoints:
-            if made.is_exact and made.first.step_key == _step_key(entry["options"]):
-                found.append(_checkpointed(made, other, entry))
-        checkpoints = [c for c in checkpoints if c[0] not in {a.name for a in found}]
+        for other, entry in twins:
+            if made.first.step_key == _step_key(entry["options"]):
+                found.append(_twin(made, other, entry))
+        twins = [t for t in twins if t[0] not in {a.name for a in found}]
     return found
 
 
@@ -284,24 +285,24 @@ def _rank(result: Mapping[str, Any], goal: Goal) -> tuple[float, float]:
     )
 
 
-def _checkpointed(exact: Arm, name: str, entry: Mapping[str, Any]) -> Arm:
+def _twin(arm: Arm, name: str, entry: Mapping[str, Any]) -> Arm:
     return replace(
-        exact, name=name, step_seconds=entry["seconds"], saved_bytes=entry["saved_bytes"],
-        parts=_parts(entry), checkpointed=True,
+        arm, name=name, step_seconds=entry["seconds"], saved_bytes=entry["saved_bytes"],
+        quiet=True, parts=_parts(entry), is_twin=True,
     )  # fmt: skip
 
 
 def _quiet_steps(sweep: Sweep) -> tuple[dict[Any, Any], list[tuple[str, dict[str, Any]]]]:
-    """Quiet step times by what decides them, and those of checkpointing by name."""
-    plain, checkpoints = {}, []
+    """Quiet step times by what decides them, and those of twins by name."""
+    plain, twins = {}, []
     for options, result in sweep.done("step_time"):
         for name, entry in result["arms"].items():
             given = {"train": options.get("train", {}), **options["arms"][name]}
-            if given.get("checkpoint"):
-                checkpoints.append((name, {**entry, "options": given}))
+            if given.get("checkpoint") or given.get("compile"):
+                twins.append((name, {**entry, "options": given}))
             else:
                 plain[_step_key(given)] = entry
-    return plain, checkpoints
+    return plain, twins
 
 
 def _step_key(options: Mapping[str, Any]) -> tuple[str, int, str]:

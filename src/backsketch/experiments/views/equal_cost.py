@@ -131,7 +131,7 @@ def terms(arm: Arm, found: Sequence[Arm]) -> Terms | None:
     for other in found:
         result = other.first.result
         same = all(own[key] == result[key] for key in ("batch_size", "epochs"))
-        if other.is_exact and not other.checkpointed and same and other.model == arm.model:
+        if other.is_exact and not other.is_twin and same and other.model == arm.model:
             return Terms(arm, other)
     return None
 
@@ -167,7 +167,7 @@ def _steps(found: Sequence[Arm]) -> TextTable:
     """Where the time of a step goes; arms that make the same steps stand once."""
     rows, seen = [], set()
     for arm in found:
-        key = (arm.first.step_key, arm.checkpointed)
+        key = (arm.first.step_key, arm.name if arm.is_twin else "")
         if arm.parts and key not in seen:
             seen.add(key)
             parts = [f"{1e3 * seconds:.1f}" for seconds in arm.parts.values()]
@@ -180,7 +180,7 @@ def _figure(found: Sequence[Arm]) -> Figure:
     figure, panels = new_figure(3, 14, 4.6)
     over_steps, over_seconds, tested = panels
     goal = found[0].goal
-    shown = [arm for arm in found if not arm.checkpointed]
+    shown = [arm for arm in found if not arm.is_twin]
     for arm, style in _styles(shown):
         steps, losses = _mean_curve(arm)
         _draw(over_steps, steps, losses, arm.name, style)
