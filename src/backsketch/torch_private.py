@@ -7,6 +7,7 @@ is imported inside the functions here, because it takes seconds that ``import ba
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -51,6 +52,7 @@ __all__ = [
     "hooks_are_guarded",
     "in_backward",
     "is_compiled",
+    "is_compiled_in_place",
     "is_functorch_wrapped",
     "is_view",
     "layout_of",
@@ -66,7 +68,9 @@ __all__ = [
     "scaled_float8_matmul",
     "traced_as_constant",
     "transforms_are_active",
+    "twin_of",
     "unseen_by_compiler",
+    "version_of",
     "without_autocast",
     "without_history",
 ]
@@ -201,6 +205,30 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     return own
 
 
+def version_of(x: Tensor) -> int:
+    """How often ``x`` was changed in place. Without the private counter it never was: a replay of what a call was
+    given may then see a changed value, and says nothing.
+    """
+    version: int = getattr(x, "_version", 0)
+    return version
+
+
+def twin_of(module: nn.Module, known: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A tree of modules of its own around the same parameters and buffers.
+
+    ``copy.copy`` of a module shares the dictionaries that hold them, and a deep copy copies the tensors. Where the
+    private dictionaries are gone it is a deep copy, which costs memory alone.
+    """
+    known = {} if known is None else known
+    if module not in known:
+        if not hasattr(module, "_modules"):
+            return copy.deepcopy(module)
+        twin = known[module] = copy.copy(module)
+        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+        twin._modules = {n: m and twin_of(m, known) for n, m in module._modules.items()}
+    return known[module]
+
+
 def compiled_from(module: nn.Module) -> nn.Module | None:
     """The user's module inside what ``torch.compile`` made of it; None where ``module`` is no such thing.
 
@@ -213,8 +241,12 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled, by ``torch.compile`` or in place; without the private marks it was not."""
-    in_place = getattr(module, "_compiled_call_impl", None) is not None
-    return in_place or compiled_from(module) is not None
+    return is_compiled_in_place(module) or compiled_from(module) is not None
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, which hides its calls; without the private mark it was not."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def position_of(operator: Any, argument: str) -> int | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from backsketch.torch_private import is_compiled_in_place
+
 __all__ = ["called_module", "check"]
 
 
@@ -16,13 +18,9 @@ def called_module(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model was compiled in place.
     """
-    while "_orig_mod" not in model._modules:
-        inner = model._modules.get("module")
-        if not isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            break
-        assert inner is not None
-        model = inner
-    if getattr(model, "_compiled_call_impl", None) is not None:
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    if is_compiled_in_place(model):
         raise ValueError(
             "Controller: the model was compiled in place by model.compile(), which hides its calls; use "
             "model = torch.compile(model) and give that to the controller"

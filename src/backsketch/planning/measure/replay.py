@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from backsketch.planning.measure.recorder import listen, repeatable_arguments, tensors_of, vjp
 from backsketch.sampling import keyed
-from backsketch.torch_private import pytree
+from backsketch.torch_private import pytree, version_of
 from backsketch.untouched import untouched
 
 __all__ = ["Recorder", "Replay", "replaying"]
@@ -89,7 +89,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _versions(args: Any) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors_of(args))
+    return tuple(map(version_of, tensors_of(args)))
 
 
 # --- running it again -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from backsketch.planning.measure.recorder import Call, rerun
 from backsketch.planning.measure.timing import OF_A_SITE, compared, timed
 from backsketch.planning.profiling.families import FAMILIES
 from backsketch.planning.profiling.sites import Site
+from backsketch.torch_private import twin_of
 from backsketch.untouched import repeatable
 
 __all__ = ["Cost", "SiteCosts", "site_costs"]
@@ -97,7 +97,7 @@ class _Twin:
         rules: Mapping[str, Sketch] | None = None,
         top: str = "",
     ) -> None:
-        self.module, self.call = _copied(module, {}), call
+        self.module, self.call = twin_of(module), call
         self.gradients: list[Tensor] = []
         if rules:
             sketch_(
@@ -128,11 +128,3 @@ class _Twin:
             own / max(squared_norm(exact.gradients[n:]), 1e-300),
             below / max(squared_norm(exact.gradients[:n]) + past, 1e-300),
         )
-
-
-def _copied(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module not in known:
-        twin = known[module] = copy.copy(module)
-        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
-        twin._modules = {n: m and _copied(m, known) for n, m in module._modules.items()}
-    return known[module]
