@@ -31,7 +31,7 @@ _FLAGS = (
 
 
 class Source:
-    """A C++ file, with the headers beside it that it includes, compiled or taken from the cache once in a process.
+    """A C++ file, with the headers that it includes, compiled or taken from the cache once in a process.
 
     A cached library is loaded if it and its folder belong to the user, nobody else can write to them, and
     its content has the digest in its name. Otherwise it is compiled anew; where there is no such folder, in
@@ -118,10 +118,10 @@ class Source:
 
 
 def _texts(path: Path) -> list[str]:
-    """The texts of a source and of the headers beside it that it includes, in any depth."""
+    """The texts of a source and of the headers that it includes, in any depth."""
     text = path.read_text()
     headers = re.findall(r'^#include "(.+)"$', text, re.MULTILINE)
-    return [text, *(inner for name in headers for inner in _texts(path.with_name(name)))]
+    return [text, *(inner for name in headers for inner in _texts(path.parent / name))]
 
 
 # Where libraries are kept: what lies there is executed ---------------------------------------------

@@ -22,8 +22,8 @@ from torch.autograd import Function
 
 from backsketch import rounding as bits
 from backsketch.estimators import Estimator
+from backsketch.layout import format_of, in_memory_order
 from backsketch.ops.double_backward import without_double_backward
-from backsketch.ops.layout import format_of, in_format
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
@@ -115,7 +115,7 @@ class _Masked(Function):
     @staticmethod
     def forward(kind: PiecewiseLinear, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high, _ = kind.numbers
-        return kind.forward(x), bits.mask(x, low, high)
+        return kind.forward(x), bits.mask(in_memory_order(x, format_of(x)), low, high)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -128,8 +128,9 @@ class _Masked(Function):
     def backward(ctx: Any, cotangent: Tensor | None, _: Any) -> tuple[Any, ...]:
         if cotangent is None:
             return None, None
-        grad = without_double_backward(bits.masked, cotangent, *ctx.saved_tensors, ctx.outside)
-        return None, in_format(grad, ctx.format)
+        g = in_memory_order(cotangent, ctx.format)
+        grad = without_double_backward(bits.masked, g, *ctx.saved_tensors, ctx.outside)
+        return None, _back(grad, ctx.format)
 
 
 class _Rounded(Function):
@@ -140,10 +141,11 @@ class _Rounded(Function):
         kind: Smooth, rounding: Rounding, x: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         y = kind.forward(x)
+        a, b = (in_memory_order(t, format_of(x)) for t in (x, y))
         if isinstance(kind.derivative, str):
-            return y, *rounding.pack_slope(x, y, kind.derivative, seed)
+            return y, *rounding.pack_slope(a, b, kind.derivative, seed)
         wide = torch.promote_types(x.dtype, torch.float32)
-        slope = kind.derivative(x.to(wide), y.to(wide))
+        slope = kind.derivative(a.to(wide), b.to(wide))
         return y, *rounding.pack(slope, seed)
 
     @staticmethod
@@ -157,8 +159,14 @@ class _Rounded(Function):
     def backward(ctx: Any, cotangent: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if cotangent is None:
             return None, None, None, None
-        grad = without_double_backward(_times, ctx.rounding, cotangent, *ctx.saved_tensors)
-        return None, None, in_format(grad.to(ctx.dtype), ctx.format), None
+        g = in_memory_order(cotangent, ctx.format)
+        grad = without_double_backward(_times, ctx.rounding, g, *ctx.saved_tensors)
+        return None, None, _back(grad.to(ctx.dtype), ctx.format), None
+
+
+def _back(grad: Tensor, layout: torch.memory_format) -> Tensor:
+    """Undo :func:`backsketch.layout.in_memory_order`."""
+    return grad if layout is torch.contiguous_format else grad.movedim(-1, 1)
 
 
 def _times(rounding: Rounding, cotangent: Tensor, *packed: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from backsketch import products
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.estimators.bilinear import gather_scaled, scatter
+from backsketch.layout import in_format
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
-from backsketch.ops.layout import in_format
 from backsketch.ops.linear import Linear, check_estimator
 from backsketch.products import Geometry, Packed, Source
 from backsketch.products.convolution import is_channels_last

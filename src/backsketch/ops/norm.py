@@ -27,8 +27,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from backsketch.estimators import Estimator
+from backsketch.layout import channels_first, format_of, in_format
 from backsketch.ops.double_backward import without_double_backward
-from backsketch.ops.layout import format_of, in_format
 from backsketch.ops.linear import check_estimator
 from backsketch.rounding import Rounding
 from backsketch.sampling import next_seed
@@ -134,7 +134,7 @@ class ChannelNorm(Norm):
         packed: Packed,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, channels = g.shape[:2]
-        rows = g.reshape(n * channels, -1)
+        rows = channels_first(g).view(n * channels, -1)
         mean, rstd = (self.per_channel(t, n, channels) for t in (mean, rstd))
         stats = torch.stack([mean, rstd], 2).view(-1, 2)
         total, first, second = rounding.row_sums(rows, stats, packed).view(n, channels, 3).unbind(2)

@@ -221,6 +221,15 @@ class _SlowProducts:
     def convolution_vjps(
         self, g: Tensor, x: Any, weight: Any, geometry: Geometry
     ) -> tuple[Any, Any]:
+        if (dense := geometry.dense()) is not None:  # the rest of x is as if it were not there
+            read = (..., *(slice(None, None, stride) for stride in geometry.stride))
+            read_x = None if x is None else x[read]
+            part, at_weight = self.convolution_vjps(g, read_x, weight, dense)
+            if part is None:
+                return None, at_weight
+            below = part.new_zeros(*part.shape[:2], *geometry.spatial)
+            below[read] = part
+            return below, at_weight
         self.calls[weight is None] += 1
         keys = [key_of(self.seed, 4 * self.calls[weight is None] + i) for i in range(4)]
         below = at_weight = None

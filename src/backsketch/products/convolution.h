@@ -14,6 +14,7 @@
 
 #pragma once
 
+#include "../transpose.h"
 #include "tiles.h"
 
 namespace {
@@ -36,50 +37,6 @@ struct Convolution {
 
   i64 samples_of_block() const { return std::max<i64>(1, BLOCK / std::max<i64>(1, y.out * x_axis.out)); }
 };
-
-template <class T>
-using Entries = std::conditional_t<sizeof(T) == 4, v16, h16>;  // 16 of them, as bits
-
-// The first or the second halves of two vectors, entry by entry.
-inline v16 zip(v16 a, v16 b, bool second) {
-  return second ? __builtin_shuffle(a, b, v16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
-                : __builtin_shuffle(a, b, v16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-}
-
-inline h16 zip(h16 a, h16 b, bool second) {
-  return second ? __builtin_shuffle(a, b, h16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
-                : __builtin_shuffle(a, b, h16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-}
-
-template <class V>
-inline void zip_lines(const V *a, V *b) {
-#pragma GCC unroll 8
-  for (int k = 0; k < 8; k++) b[2 * k] = zip(a[k], a[k + 8], false), b[2 * k + 1] = zip(a[k], a[k + 8], true);
-}
-
-// Rows become columns: `ld` and `ld_to` entries lie between lines. In squares of 16, whose lines are written whole: interleaving the
-// lines k and k + 8 of a square four times over transposes it.
-template <class T>
-void transpose(const T *from, i64 ld, i64 rows, i64 columns, T *to, i64 ld_to) {
-  typedef Entries<T> V;
-  for (i64 r = 0; r < rows; r += 16)
-    for (i64 c = 0; c < columns; c += 16) {
-      const i64 high = std::min<i64>(16, rows - r), wide = std::min<i64>(16, columns - c);
-      V a[16], b[16];
-      for (i64 m = 0; m < 16; m++) {
-        const T *line = from + (r + m) * ld + c;
-        if (m >= high) a[m] = V{};
-        else if (wide == 16) std::memcpy(a + m, line, sizeof(V));
-        else a[m] = V{}, std::memcpy(a + m, line, wide * sizeof(T));
-      }
-      zip_lines(a, b), zip_lines(b, a), zip_lines(a, b), zip_lines(b, a);
-      for (i64 m = 0; m < wide; m++) {
-        T *line = to + (c + m) * ld_to + r;
-        if (high == 16) std::memcpy(line, a + m, sizeof(V));
-        else std::memcpy(line, a + m, high * sizeof(T));
-      }
-    }
-}
 
 // --------------------------------------------------------------------------------------------------------------
 // Rounding

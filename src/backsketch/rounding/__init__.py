@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backsketch.layout import channels_first
 from backsketch.rounding import eager, gpu, native
 from backsketch.sampling import key_of, operator
 
@@ -153,7 +154,7 @@ def _to_pack(x: Tensor, group_size: int) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.detach().reshape(-1).contiguous()
+    return channels_first(x.detach()).reshape(-1)
 
 
 def _pack_impl(
