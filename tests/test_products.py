@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import backsketch as bs
 from backsketch import products
@@ -163,6 +164,50 @@ def test_one_tap_that_strides_reads_a_part_of_the_input(layout, save):
     if save:
         kept = 6 * 5 * 4 * 3
         assert kept <= bs.saved_bytes(layer, x).total < kept + 300
+
+
+EQUAL_COUNTS = (((5, 1), (2, 1), (2, 1), (1, 1), (8, 2), 1), (2, 3, 4))  # (8, 2) becomes (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "dtype"),
+    [
+        ("int8", torch.float32), ("int8", torch.bfloat16), ("int8", torch.float64),
+        ("float8", torch.float32),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("case", [*CONVOLUTIONS, EQUAL_COUNTS], ids=str)
+def test_layouts_have_the_same_products_and_the_strides_that_compilers_are_told(
+    case, dtype, numbers
+):
+    geometry, tensors = convolved(case, dtype)
+    seed = next_seed(tensors[0])
+
+    def products_of(g: Tensor, x: Tensor, w: Tensor, seed: Tensor) -> list[Tensor | None]:
+        packed = products.pack_images(x, geometry, seed, numbers=numbers)
+        pairs = [
+            products.convolution_vjps(g, own, weight, geometry, seed, numbers=numbers)
+            for own, weight in ((x, w), (packed, w), (None, w), (x, None))
+        ]
+        return [*packed, *(gradient for pair in pairs for gradient in pair)]
+
+    expected = products_of(*tensors, seed)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+    for own in (tensors, last, [tensors[0], last[1], tensors[2]], [last[0], *tensors[1:]]):
+        results = products_of(*own, seed)
+        assert all(map(equal, results, expected))
+        with FakeTensorMode() as mode:
+            told = products_of(*map(mode.from_tensor, own), mode.from_tensor(seed))
+        for result, fake in zip(results, told):
+            assert (result is None) == (fake is None)
+            if result is not None:
+                assert strides(result) == strides(fake)
+
+
+def strides(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of the dimensions that have more than one entry."""
+    return [pair for pair in zip(tensor.shape, tensor.stride()) if pair[0] > 1]
 
 
 @contextmanager

@@ -354,19 +354,19 @@ def _convolution_impl(
     layout = _layout_of(g, x)
     geometry = Geometry(*lists).plane()
     run, dtype = _images_implementation(g, numbers, geometry.fits_integers(g.shape[1]))
-    codes, x = (t if t is None else geometry.planes(t) for t in (codes, x))
+    codes, x = (t if t is None else geometry.inputs_of(t) for t in (codes, x))
     weight = weight if weight is None else geometry.taps(weight)
     layouts = (layout, layout, torch.contiguous_format)
     same = [
         None if t is None else t.to(dtype).contiguous(memory_format=own)
-        for t, own in zip((geometry.planes(g), x, weight), layouts)
+        for t, own in zip((geometry.cotangents_of(g), x, weight), layouts)
     ]
     packed = None if codes is None else (codes, scales)
     first, second = run.convolution_vjps(*same, packed, _keys(seed, stream), geometry)
     if first is not None:
         first = first.to(below.dtype).view(below.shape).contiguous(memory_format=layout)
     if second is not None:
-        second = second.to(at_weight.dtype).view(at_weight.shape)
+        second = second.to(at_weight.dtype).contiguous().view(at_weight.shape)
     return below if first is None else first, at_weight if second is None else second
 
 
@@ -398,14 +398,14 @@ def _pack_images_impl(
         codes, scales = map(torch.zeros_like, _pack_images_fake(x, seed, stream, *lists))
         return codes, scales
     geometry = Geometry(*lists).plane()
-    planes = geometry.planes(x)
+    planes = geometry.inputs_of(x)
     run, dtype = _images_implementation(x, numbers, planes.ndim == 4)
     codes, scales = run.pack_images(
         planes.to(dtype).contiguous(memory_format=images.layout_of(planes)),
         key_of(seed, stream),
         geometry,
     )
-    return codes.view(x.shape), scales
+    return codes.contiguous().view(x.shape), scales
 
 
 def _pack_images_fake(x: Tensor, seed: Tensor, stream: int, *lists: Any) -> tuple[Tensor, Tensor]:

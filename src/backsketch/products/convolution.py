@@ -95,11 +95,13 @@ class Geometry:
             return Geometry(*one, self.groups)
         return Geometry(kernel, stride, padding, dilation, spatial, self.groups)
 
-    def planes(self, tensor: Tensor) -> Tensor:
-        """An input, a cotangent or codes in the shape that belongs to :meth:`plane`."""
-        is_input = prod(tensor.shape[2:]) == prod(self.spatial)
-        sizes = self.spatial if is_input else self.outputs()
-        return tensor.reshape(*tensor.shape[:2], *sizes)
+    def inputs_of(self, x: Tensor) -> Tensor:
+        """An input or codes in the shape that belongs to :meth:`plane`."""
+        return x.reshape(*x.shape[:2], *self.spatial)
+
+    def cotangents_of(self, g: Tensor) -> Tensor:
+        """A cotangent in the shape that belongs to :meth:`plane`."""
+        return g.reshape(*g.shape[:2], *self.outputs())
 
     def taps(self, weight: Tensor) -> Tensor:
         """A weight in the shape that belongs to :meth:`plane`."""
