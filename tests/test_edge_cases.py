@@ -79,6 +79,12 @@ def test_an_empty_batch_of_any_shape(shape, estimator):
     assert_close(backward(layer, x), exactly(layer, x))
 
 
+@pytest.mark.parametrize("save", [bs.Int8, bs.Float8])
+def test_an_empty_batch_kept_in_8_bits_of_which_rows_are_drawn(save):
+    layer, x = build("linear", save(bs.Rows(keep=0.5), save=True), rows=0)
+    assert_close(backward(layer, x), exactly(layer, x))
+
+
 @every_estimator
 def test_an_empty_batch_through_attention(estimator):
     module = nn.MultiheadAttention(8, 2, batch_first=True)

@@ -98,7 +98,7 @@ def unpack(codes: Tensor, n: int, j: int, numbers: Numbers = INT8) -> Tensor:
         return numbers.from_byte(codes[:j, :n].T)
     flat, wide = codes.flatten(), codes.shape[1]
     parts = []
-    for block in numbers.blocks(n):
+    for block in numbers.blocks(n) or [slice(0, 0)]:
         rows = block.stop - block.start
         part = flat[block.start * wide : (block.start + depth_of(rows)) * wide]
         parts.append(numbers.from_bytes(part, rows, j))
