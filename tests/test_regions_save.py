@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,26 @@ def rms_norm(x: Tensor) -> Tensor:
 def new_gelu(x: Tensor) -> Tensor:
     """GPT-2's, written out: its derivative is computed from x in the backward pass."""
     return 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class Cube(torch.autograd.Function):
+    """An activation with a backward pass of its own, as Bloom's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x * x * g
+
+
+def turned(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A gate on channels before positions, whose cotangent is viewed afterwards, as in Mamba."""
+    gate = torch.sigmoid(x @ b).transpose(1, 2)
+    return ((x @ a).transpose(1, 2) * gate).transpose(1, 2) @ a
 
 
 def attention(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -93,6 +114,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "activations": (lambda: Functional(lambda x, a, b: F.gelu(F.gelu(x @ a) @ b), 2), (48, 64)),
     "tanh": (lambda: mlp(64, 64, 64, 8), (48, 64)),
     "new gelu": (lambda: Functional(lambda x, a: new_gelu(x @ a)), (48, 64)),
+    "own function": (lambda: Functional(lambda x, a: Cube.apply(x @ a)), (48, 64)),
     "swiglu": (lambda: Functional(lambda x, a, b: F.silu(x @ a) * (x @ b), 2), (48, 64)),
     "norm": (lambda: Functional(lambda x, a: F.layer_norm(x @ a, (64,))), (48, 64)),
     "rms norm written out": (lambda: Functional(lambda x, a: rms_norm(x @ a)), (48, 64)),
@@ -103,6 +125,7 @@ PATTERNS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "experts": (lambda: GroupedExperts(16), (90, 16)),
     "group norm": (lambda: Normed(nn.GroupNorm(8, 8)), (8, 4, 4, 4)),
     "batch norm": (lambda: Normed(nn.BatchNorm2d(8)), (2, 4, 1, 4)),
+    "transposed gate": (lambda: Functional(turned, 2), (4, 12, 64)),
     "a gate used twice": (lambda: Functional(twice_gated, 2), (48, 64)),
 }
 

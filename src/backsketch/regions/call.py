@@ -125,6 +125,8 @@ def _captured(runner: Runner, this: Call, module: Any, tensors: Sequence[Tensor]
     with warnings.catch_warnings():
         # Dynamo looks for .grad on every tensor it meets, non-leaf ones included.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")
+        # It makes an instance of an autograd.Function, of which PyTorch warns.
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
         with told_if_slow(region.state.name):
             outputs = run_as(this, _traced, runner, this, module, tensors)
     if not runner.capture.programs:

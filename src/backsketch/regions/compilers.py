@@ -105,7 +105,12 @@ def _gathering(module: fx.GraphModule, rows: Rows) -> fx.Graph:
 
 
 def _as_eager(module: fx.GraphModule) -> fx.GraphModule:
-    """Without transposes of transposes, which AOTAutograd leaves around every matrix product; norms are safe."""
+    """Without transposes of transposes, which AOTAutograd leaves around every matrix product; norms are safe.
+
+    Views copy where they must: an operator that was put in may lay out its result otherwise than the traced one.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
     for node in module.graph.find_nodes(op="call_function", target=aten.t.default):
         inner = node.args[0]
         if isinstance(inner, fx.Node) and inner.target is aten.t.default:

@@ -61,6 +61,19 @@ def _expands_nothing(node: fx.Node) -> bool:
     return before == after
 
 
+def _tag_late(graph: fx.Graph) -> None:
+    """Say of what backward operators alone read that it is computed late.
+
+    AOTAutograd does not, for what the backward pass of an ``autograd.Function`` computes of its saved tensors.
+    """
+    backward = backward_nodes(graph)
+    for node in reversed(graph.nodes):
+        if node.op != "call_function" or node in backward or "partitioner_tag" in node.meta:
+            continue
+        if all(u in backward or u.meta.get("partitioner_tag") == "is_backward" for u in node.users):
+            node.meta["partitioner_tag"] = "is_backward"
+
+
 @dataclass
 class Saver:
     """Edits one joint graph.
@@ -89,6 +102,7 @@ class Saver:
 
     def run(self, use_of: Callable[[Saver, fx.Node], Use | None]) -> None:
         """Edit the graph; ``use_of`` knows the operators."""
+        _tag_late(self.graph)
         self._again = run_attention_again(self.graph)
         self.backward = backward_nodes(self.graph)
         if self.symbols is not None:
