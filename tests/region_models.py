@@ -83,6 +83,22 @@ class GPT(nn.Module):
         return self.head(self.block(x, mask=mask))
 
 
+class Picked(nn.Module):
+    """Pools at a token of each sample, as classifiers on decoders do; a bias is repeated for all, as Bloom's."""
+
+    def __init__(self, d: int = 8, tokens: int = 4) -> None:
+        super().__init__()
+        self.block, self.head = Block(d, 2), nn.Linear(d, 3)
+        self.bias = nn.Parameter(torch.randn(1, tokens, d) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x + self.bias.repeat(x.shape[0], 1, 1))
+        last = x.sum(-1).argmax(-1)
+        few = x.sum(-1).argsort(-1)[:, :2]
+        rows = torch.arange(x.shape[0], device=x.device)
+        return self.head(y[rows, last] + y[rows[:, None], few].mean(1))
+
+
 class CNN(nn.Module):
     def __init__(self, norm: nn.Module | None = None) -> None:
         super().__init__()

@@ -179,6 +179,7 @@ CASES: dict[str, Case] = {
     "clamp": ("default", (R(4), -0.5, 0.5)),
     "prelu": ("default", (R(4), T(4))),
     "_prelu_kernel": ("default", (R(4), T(1, 4))),
+    "fill": ("Scalar", (R(4, 4), 1.0)),
     "masked_fill": ("Scalar", (R(4), R(4, make=bits), 0.0)),
     "copy": ("default", (R(4), R(4))),
     "leaky_relu": ("default", (R(4), 0.1)),
@@ -263,6 +264,7 @@ CASES: dict[str, Case] = {
     "view_of": ("default", (R(4),)),
     "dropout": ("default", (R(4), 0.5, False)),
     "expand": ("default", (R(1, 4), [N, 3, 4])),
+    "repeat": ("default", (R(4, 4), [1, 2, 3])),
     "permute": ("default", (R(4, 5), [1, 0, 2])),
     "transpose": ("int", (R(4, 5), 0, 1)),
     "t": ("default", (R(4),)),
@@ -289,6 +291,8 @@ STATE = (
     "it changes running statistics or exists to update them: test_regions_guards.py has batch norms"
 )
 WITHOUT_A_CASE = {
+    "iota": "row numbers are an index or nothing: inductor puts it in the place of arange",
+    "arange": "row numbers are an index or nothing: test_regions_unbiased.py and test_regions_guards.py",
     "_scaled_dot_product_flash_attention": GPU,
     "_scaled_dot_product_efficient_attention": GPU,
     "_scaled_dot_product_cudnn_attention": GPU,

@@ -140,6 +140,20 @@ COUPLED = {
         lambda x, w: x * w * torch.arange(x.shape[0])[:, None],
         "'arange'",
     ),
+    "a table by row number": (
+        lambda x, w: x * w + w[torch.arange(x.shape[0]) % 4, None],
+        "'arange'",
+    ),
+    "entries of a table by row number": (
+        lambda x, w: x * w.expand(9, 4)[torch.arange(x.shape[0])],
+        "uses the rows' numbers as values",
+    ),
+    "rows in reverse": (lambda x, w: (x * w)[torch.arange(x.shape[0] - 1, -1, -1)], "'arange'"),
+    "picked by row number": (
+        lambda x, w: (x * w)[torch.arange(x.shape[0]), torch.arange(x.shape[0]) % 4],
+        "'arange'",
+    ),
+    "repeated rows": (lambda x, w: (x * w).repeat(2, 1), "acts along the rows"),
     "first row as reference": (lambda x, w: x * w - x[0], "acts along the rows"),
     "neighbouring rows": (
         lambda x, w: (x * w)[:, None].view(-1, 2, 4).mean(1).repeat_interleave(2, 0),

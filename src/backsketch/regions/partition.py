@@ -29,6 +29,7 @@ Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 _VIEW_NAMES = "view _unsafe_view reshape permute transpose t expand unsqueeze squeeze detach alias"
 _PIECE_NAMES = "select slice unbind split split_with_sizes chunk"
 VIEWS, PIECES = frozenset(_VIEW_NAMES.split()), frozenset(_PIECE_NAMES.split())
+RANGES = frozenset(["arange", "iota"])
 
 
 def name_of(node: fx.Node) -> str:
@@ -171,7 +172,12 @@ def _like(graph: fx.Graph, node: fx.Node, operation: Any, args: tuple[Any, ...])
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Views that are cheaper to repeat than to slice; a small piece of a tensor is not."""
+    """Views that are cheaper to repeat than to slice; a small piece of a tensor is not.
+
+    Row numbers are made again as well: those of the rows that are kept are other ones.
+    """
+    if name_of(node) in RANGES:
+        return not isinstance(node.meta["val"].shape[0], int)
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return False

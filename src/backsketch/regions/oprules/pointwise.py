@@ -32,7 +32,7 @@ def aligned(proof: Proof, node: fx.Node, inputs: Sequence[fx.Node], num_dims: in
 
 
 @rule("native_dropout", "bernoulli", "rand_like", "randn_like", "where", "lerp", "clamp")
-@rule("rrelu_with_noise_functional", "prelu", "_prelu_kernel", "masked_fill", "copy")
+@rule("rrelu_with_noise_functional", "prelu", "_prelu_kernel", "masked_fill", "copy", "fill")
 @rule("leaky_relu")  # which PyTorch 2.10 does not tag
 def pointwise(proof: Proof, node: fx.Node) -> Label:
     refuse_row_count(proof, node)

@@ -50,6 +50,19 @@ def _expand(proof: Proof, node: fx.Node) -> Label:
     return proof.rows.layout_at(shape, dims[0]) if dims else None
 
 
+@rule("repeat")
+def _repeat(proof: Proof, node: fx.Node) -> Label:
+    """Copies side by side: of rows along other dimensions, or of one row for all."""
+    tensor, at = source(proof, node)
+    shape, repeats = shape_of(node), arg(node, 1, "repeats")
+    if at is None:
+        dims = [d for d, s in enumerate(shape) if proof.rows.mentions(s)]
+        return proof.rows.layout_at(shape, dims[0]) if dims else None
+    out = Layout(ndim(node) - from_right(tensor, at), at.axes)
+    refuse_along(node, out, [d for d, number in enumerate(repeats) if number != 1])
+    return out
+
+
 @rule("permute", "transpose", "t", "movedim", "swapaxes")
 def _permute(proof: Proof, node: fx.Node) -> Label:
     tensor, at = source(proof, node)
