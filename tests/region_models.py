@@ -96,7 +96,8 @@ class Picked(nn.Module):
         last = x.sum(-1).argmax(-1)
         few = x.sum(-1).argsort(-1)[:, :2]
         rows = torch.arange(x.shape[0], device=x.device)
-        return self.head(y[rows, last] + y[rows[:, None], few].mean(1))
+        shared = y[rows[:, None], torch.arange(2)[None, :]]  # as transformers reads padding masks
+        return self.head(y[rows, last] + y[rows[:, None], few].mean(1) + shared.sum(1))
 
 
 class CNN(nn.Module):

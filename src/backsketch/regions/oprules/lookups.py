@@ -86,15 +86,20 @@ def _row_numbers(index: Any) -> bool:
 
 
 def _of_each_row(proof: Proof, node: fx.Node, indices: Sequence[Any]) -> bool:
-    """``x[range(n), picks]``: entries of row i of x by row i of the picks."""
+    """``x[range(n), picks]``: entries of row i of x by row i of the picks, or by picks for all rows."""
     x, first, picks = source(proof, node)[0], indices[0], [i for i in indices[1:] if i is not None]
-    if not _row_numbers(first) or any(map(_row_numbers, picks)):
+    if not _row_numbers(first) or any(_row_numbers(i) and proof.layout(i) for i in picks):
         return False
     whole = expr(shape_of(x)[0]) in proof.rows.axes[0]
     dims = {ndim(i) for i in (first, *picks) if proof.layout(i)}
     rows = all(proof.layout(i) in (None, Layout(0)) for i in picks)
-    shared = all(proof.layout(i) or ndim(i) < ndim(first) for i in picks)
+    shared = all(proof.layout(i) or _is_shared(i, first) for i in picks)
     return whole and proof.layout(x) == Layout(0) and len(dims) == 1 and rows and shared
+
+
+def _is_shared(pick: fx.Node, first: fx.Node) -> bool:
+    """Whether picks without rows are the same for every row."""
+    return ndim(pick) < ndim(first) or (ndim(pick) == ndim(first) and shape_of(pick)[0] == 1)
 
 
 @rule("index")
