@@ -538,6 +538,7 @@ def test_exact_execution_is_warned_of_once_for_each_reason() -> None:
     told = [w for w in caught if issubclass(w.category, RunsExactly)]
     assert len(told) == 1
     assert str(told[0].message).startswith("the region 1 runs exactly: ")
+    assert "keep=1.0 and arithmetic='int8' or save='int8'" in str(told[0].message)
     whole = Lambda(lambda x, w: (x - x.mean(0)) * w)
     bs.sketch_(whole, bs.Region(keep=0.5))
     with pytest.warns(RunsExactly, match="the model runs exactly"):

@@ -99,7 +99,10 @@ def _new(
             region.runner = None
             return _new(module, forward, region, args, kwargs, "plain")
         outputs = forward(module, *args, **kwargs)  # the module's own errors are raised here
-        region.refuse(f"it cannot be captured: {_cause(error)}")
+        region.refuse(
+            f"it cannot be captured: {_cause(error)}",
+            "Put regions on the modules inside it that do not do this",
+        )
         return outputs
 
 

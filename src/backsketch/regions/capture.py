@@ -39,6 +39,12 @@ from backsketch.torch_private import (
 __all__ = ["Capture", "has_rows"]
 
 
+_INSTEAD = (
+    "Put regions on modules that leave this out, or one with keep=1.0 and arithmetic='int8' or save='int8', for "
+    "which rows need not be independent"
+)
+
+
 class Capture:
     """A ``torch.compile`` backend that makes one :class:`Pair` per captured graph.
 
@@ -221,7 +227,7 @@ def _exactly(run: Callable[..., Any], reason: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         running = current()
         if running is not None:
-            running.region.settle("exact", reason)
+            running.region.settle("exact", reason, instead=_INSTEAD)
         return run(*args)
 
     return call

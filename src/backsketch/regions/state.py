@@ -68,18 +68,24 @@ class Runtime:
     scores: deque[Tensor] | None = None
     told: set[str] = field(default_factory=set)
 
-    def settle(self, status: Status, reason: str | None = None, note: str = "") -> None:
-        """Write down the outcome of a guard; a new reason for exact execution is warned of, once."""
+    def settle(
+        self, status: Status, reason: str | None = None, note: str = "", instead: str = ""
+    ) -> None:
+        """Write down the outcome of a guard; a new reason for exact execution is warned of, once.
+
+        The warning ends with what to write ``instead``.
+        """
         self.state.status, self.state.reason, self.state.note = status, reason, note
         if status == "exact" and reason and reason not in self.told:
             self.told.add(reason)
             name = self.state.name or "the model"
-            warnings.warn(f"the region {name} runs exactly: {reason}", RunsExactly, stacklevel=3)
+            told = f"the region {name} runs exactly: {reason}" + (f". {instead}" if instead else "")
+            warnings.warn(told, RunsExactly, stacklevel=3)
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str, instead: str = "") -> None:
         """Run exactly from now on."""
         self.refused = True
-        self.settle("exact", reason)
+        self.settle("exact", reason, instead=instead)
 
 
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, Runtime] = weakref.WeakKeyDictionary()
