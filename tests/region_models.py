@@ -93,6 +93,9 @@ class Picked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.block(x + self.bias.repeat(x.shape[0], 1, 1))
+        hidden = torch.zeros(x.shape[:2], device=x.device)
+        hidden[:, 1:] = 1  # as masked autoencoders do
+        y = y * (1 + hidden[..., None])
         last = x.sum(-1).argmax(-1)
         few = x.sum(-1).argsort(-1)[:, :2]
         rows = torch.arange(x.shape[0], device=x.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from backsketch.regions.oprules.registry import arg, ndim, overlaps, refuse_along, rule, source
@@ -30,6 +32,10 @@ def _along_dim(proof: Proof, node: fx.Node) -> Label:
     )
     if name == "slice_scatter" and at is None and proof.layout(node.args[1]):
         raise Coupled(f"{describe(node)} is not known to keep rows apart")
+    if name == "slice_scatter" and at is not None and overlaps(at, dims):
+        new: Any = node.args[1]
+        if _whole(new, node) and proof.layout(new) == at:
+            return at
     if name == "slice" and at is not None and overlaps(at, dims) and _whole(tensor, node):
         return at
     refuse_along(node, at, dims)
