@@ -140,6 +140,10 @@ MODELS = {
     "residual net, 64 to 256 channels, batch 32": (residual_net, (32, *IMAGES)),
     "bagnet, batch norm, batch 64": (lambda: build("bagnet", IMAGES, 10), (64, *IMAGES)),
 }
+LAST = (
+    ", channels last"  # the layout in which ``backsketch train`` and many others hand images over
+)
+MODELS |= {f"{what}{LAST}": MODELS[what] for what in list(MODELS) if "net" in what}
 
 
 def sketched(model: nn.Module, text: str) -> bool:
@@ -158,6 +162,8 @@ def models(repeats: int, clock, only: str, texts: list[str]) -> list[dict]:
         if only not in what:
             continue
         images, labels = torch.randn(shape), torch.randint(10, (shape[0],))
+        if what.endswith(LAST):
+            images = images.contiguous(memory_format=torch.channels_last)
         arms, more = {}, {}
         for name in ["exact", *texts]:
             torch.manual_seed(0)

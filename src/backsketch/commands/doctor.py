@@ -17,7 +17,13 @@ import torch
 
 __all__ = ["Finding", "doctor_command", "findings", "print_plainly"]
 
-ROOMS = ("sampling", "rounding", "products")  # those with a C++ source of their own
+# What has a C++ source of its own, and where.
+COMPILED = {
+    "sampling": "backsketch.sampling.native",
+    "layout": "backsketch.layout",
+    "rounding": "backsketch.rounding.native",
+    "products": "backsketch.products.native",
+}
 INTEGER_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
 EXTRAS = {
     "train": ("accelerate", "datasets", "matplotlib", "scikit-learn", "typer"),
@@ -105,8 +111,8 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    for room in ROOMS:
-        module = _module(f"backsketch.{room}.native")
+    for room, name in COMPILED.items():
+        module = _module(name)
         source = getattr(module, "SOURCE", None)
         if source is None:
             continue
