@@ -278,7 +278,9 @@ EQUAL_COST = {
     "equal_cost_mlp": "MLP, MNIST",
     "equal_cost_vit": "ViT, CIFAR-10",
     "equal_cost_vit192": "ViT d 192, CIFAR-10",
+    "equal_cost_finetune": "ViT d 192, fine-tuned",
     "equal_cost_bagnet": "BagNet, CIFAR-10",
+    "equal_cost_bagnet48": "BagNet w 48, CIFAR-10",
     "equal_cost_gpt": "GPT, tinyshakespeare",
 }
 PAPER = ("paper_mlp", "paper_vit", "paper_bagnet", "paper_gpt")
@@ -528,6 +530,7 @@ TABLES = {
     **{name: partial(_page_table, name) for name in (*EQUAL_COST, *PAPER)},
     **{f"{name}-terms": partial(_page_table, name, 1) for name in EQUAL_COST},
     **{f"{name}-steps": partial(_page_table, name, 2) for name in EQUAL_COST},
+    **{f"{name}-costs": partial(_page_table, name, 1) for name in PAPER},
 }
 
 
