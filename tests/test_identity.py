@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import backsketch as bs
 from backsketch.nn.swap import is_swapped, sketch_of
 from backsketch.sampling import ROW_DESIGNS
+from backsketch.torch_private import is_view
 from cases import ESTIMATORS, FAMILIES
 from helpers import Net, equal, gradients, images
 from mutations import drop_the_weights, mutation_of
@@ -773,6 +774,20 @@ def test_functional_grad_is_what_backward_is(estimator):
     bs.seed(1)
     # The same draws; sums may be taken in another order.
     torch.testing.assert_close(list(ours.values()), gradients(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sketch", [bs.Int8(), bs.Rows(keep=0.5)], ids=str)
+def test_gradients_of_inputs_are_no_views_so_that_autograd_adds_them_in_place(sketch):
+    images = torch.randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    for layer, x in (
+        (nn.Linear(8, 16), torch.randn(4, 5, 8)),
+        (nn.Conv2d(8, 16, 1), images),
+        (nn.Conv2d(8, 16, 1, 2), images),
+        (nn.Conv2d(8, 16, 3), images),
+    ):
+        x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        bs.sketch_(layer, sketch)
+        assert not is_view(torch.autograd.grad(layer(x).sum(), x)[0])
 
 
 @pytest.mark.parametrize("estimator", FAMILIES, ids=str)

@@ -67,7 +67,11 @@ class _PlainLayer(Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, cotangent)
+        at_op, at_estimator, below, *rest = _backward(ctx, cotangent)
+        # Autograd adds gradients of one tensor in place, but not to a view, whose base others may hold.
+        if below is not None and is_view(below):
+            below = as_own_tensor(below)
+        return at_op, at_estimator, below, *rest
 
 
 class _SketchedLayer(Function):

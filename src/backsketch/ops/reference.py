@@ -30,6 +30,7 @@ from backsketch.estimators import (
 )
 from backsketch.products import Geometry
 from backsketch.products import eager as eight_bit
+from backsketch.products.convolution import over_positions
 from backsketch.products.numbers import NUMBERS, Numbers
 from backsketch.sampling import Sample, draw, key_of, num_kept, uniform_like
 
@@ -230,6 +231,8 @@ class _SlowProducts:
             below = part.new_zeros(*part.shape[:2], *geometry.spatial)
             below[read] = part
             return below, at_weight
+        if geometry.is_over_positions(g, x):
+            return over_positions(self.vjps, g, x, weight, geometry)
         self.calls[weight is None] += 1
         keys = [key_of(self.seed, 4 * self.calls[weight is None] + i) for i in range(4)]
         below = at_weight = None

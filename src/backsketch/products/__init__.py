@@ -163,6 +163,9 @@ def convolution_vjps(
             g, x, weight, dense, seed, stream=stream, numbers=numbers
         )
         return None if below is None else geometry.place(below), at_weight
+    if not isinstance(x, Packed) and geometry.is_over_positions(g, x):
+        matrices = partial(vjps, seed=seed, stream=stream, numbers=numbers)
+        return images.over_positions(matrices, g, x, weight, geometry)
     wanted = weight is not None, x is not None
     x, codes, scales = _three(x)
     below, at_weight = _OPERATORS[numbers].convolution(

@@ -199,60 +199,70 @@ struct Padded {
 // The input of a sample and channel, padded, as bytes. Where the stride is s, it lies in s * s planes of the positions that are equal
 // modulo s, so that what a tap reads lies side by side.
 struct Image {
-  i64 height, width, plane, bytes;
+  struct Line { i64 from, to; };          // where one begins, in what is given and in its planes
+  struct Part { i64 from, to, count; };   // of a line, in steps of the stride
 
-  Image(const Axis &y, const Axis &x) {
+  i64 height, width, plane, bytes, stride;
+  bool is_given;  // byte for byte
+  std::vector<Line> lines;
+  std::vector<Part> parts;  // of every line
+
+  Image(const Axis &y, const Axis &x) : stride(x.stride) {
     height = y.out + (y.kernel - 1) * y.dilation / y.stride, width = x.out + (x.kernel - 1) * x.dilation / x.stride;
     plane = height * width, bytes = y.stride * x.stride * plane;
+    is_given = !y.padding && !x.padding && y.stride == 1 && x.stride == 1 && height == y.in && width == x.in;
+    for (i64 r = 0; r < height * y.stride; r++) {
+      const i64 from = r - y.padding;
+      if (from >= 0 && from < y.in && is_read(y, r % y.stride))
+        lines.push_back({from * x.in, r % y.stride * x.stride * plane + r / y.stride * width});
+    }
+    for (i64 q = 0; q < x.stride; q++) {
+      const i64 first = std::max<i64>(0, (x.padding - q + x.stride - 1) / x.stride);
+      const i64 last = std::min(width, (x.in - 1 + x.padding - q + x.stride) / x.stride);
+      if (is_read(x, q) && first < last) parts.push_back({first * x.stride + q - x.padding, q * plane + first, last - first});
+    }
   }
   // Where tap (i, j) begins to read; it reads its next line `width` bytes on.
   i64 tap(const Axis &y, const Axis &x, i64 i, i64 j) const {
     const i64 r = i * y.dilation, c = j * x.dilation;
     return (r % y.stride * x.stride + c % x.stride) * plane + r / y.stride * width + c / x.stride;
   }
-};
 
-// Whether a tap reads positions that are equal to `phase` modulo the stride.
-inline bool is_read(const Axis &a, i64 phase) {
-  for (i64 i = 0; i < a.kernel; i++)
-    if (i * a.dilation % a.stride == phase) return true;
-  return false;
-}
+ private:
+  // Whether a tap reads positions that are equal to `phase` modulo the stride.
+  static bool is_read(const Axis &a, i64 phase) {
+    for (i64 i = 0; i < a.kernel; i++)
+      if (i * a.dilation % a.stride == phase) return true;
+    return false;
+  }
+};
 
 inline void every_other(const u8 *from, i64 count, u8 *to) {
   i64 k = 0;
-  for (; k + 16 < count; k += 16) {
-    const b16 low = load<b16>(from + 2 * k), high = load<b16>(from + 2 * k + 16);
-    store(to + k, __builtin_shuffle(low, high, b16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}));
+#if WITH_VNNI
+  for (; k < count; k += 16) {
+    const i64 left = std::min<i64>(16, count - k);
+    const __m256i pairs = _mm256_maskz_loadu_epi8((__mmask32)((1ull << (2 * left - 1)) - 1), from + 2 * k);
+    _mm256_mask_cvtepi16_storeu_epi8(to + k, mask_of(left), pairs);
   }
+#endif
   for (; k < count; k++) to[k] = from[2 * k];
 }
 
-void fill_image(const u8 *codes, const Axis &y, const Axis &x, const Image &image, u8 *to) {
-  if (!y.padding && !x.padding && y.stride == 1 && x.stride == 1 && image.height == y.in && image.width == x.in) {
+void fill_image(const u8 *codes, const Image &image, u8 *to) {
+  if (image.is_given) {
     std::memcpy(to, codes, image.bytes);
     return;
   }
   std::memset(to, 128, image.bytes);
-  for (i64 r = 0; r < image.height * y.stride; r++) {
-    const i64 from = r - y.padding;
-    if (from < 0 || from >= y.in || !is_read(y, r % y.stride)) continue;
-    const u8 *line = codes + from * x.in;
-    u8 *out = to + r % y.stride * x.stride * image.plane + r / y.stride * image.width;
-    if (x.stride == 1) {
-      std::memcpy(out + x.padding, line, std::clamp<i64>(image.width - x.padding, 0, x.in));
-      continue;
+  for (const Image::Line &line : image.lines)
+    for (const Image::Part &part : image.parts) {
+      const u8 *read = codes + line.from + part.from;
+      u8 *write = to + line.to + part.to;
+      if (image.stride == 1) std::memcpy(write, read, part.count);
+      else if (image.stride == 2) every_other(read, part.count, write);
+      else for (i64 k = 0; k < part.count; k++) write[k] = read[k * image.stride];
     }
-    for (i64 q = 0; q < x.stride; q++) {
-      if (!is_read(x, q)) continue;
-      const i64 first = std::max<i64>(0, (x.padding - q + x.stride - 1) / x.stride);
-      const i64 last = std::min(image.width, (x.in - 1 + x.padding - q + x.stride) / x.stride);
-      const u8 *read = line + first * x.stride + q - x.padding;
-      u8 *write = out + q * image.plane + first;
-      if (x.stride == 2) every_other(read, last - first, write);
-      else for (i64 k = 0; k < last - first; k++) write[k] = read[k * x.stride];
-    }
-  }
 }
 
 // --------------------------------------------------------------------------------------------------------------
@@ -503,6 +513,9 @@ void as_columns(const u8 *codes, i64 ld, i64 count, i64 lines, i64 length, u8 *t
     }
 }
 
+// How far the lines of channels lie apart, of images with the channels first: of a copy no multiple of a page, of which caches hold few lines.
+inline i64 line_apart(const Convolution &p, i64 positions) { return p.channels_last ? up(positions, 16) + 16 : positions; }
+
 inline i64 width_of(i64 columns, i64 first) { return std::min(WIDE, up(columns - first, 16)); }
 
 // False where there is no memory.
@@ -556,7 +569,8 @@ bool convolve(const Convolution &p) {
     for (const Phase &phase : weights.phases) plane = std::max(plane, in * together * up(phase.rows * padded.width, 16));
     const i64 apart = fours * padded.plane;  // between the cotangents of two samples
     // Of channels last, the samples of a block with the channels first.
-    const i64 moved = p.channels_last ? together : 0, g_moved = moved * p.o * positions, x_moved = moved * p.c * size;
+    const i64 g_ld = line_apart(p, positions), x_ld = line_apart(p, size);
+    const i64 moved = p.channels_last ? together : 0, g_moved = moved * p.o * g_ld, x_moved = moved * p.c * x_ld;
     const i64 of_moved = (g_moved + (x ? x_moved : 0)) * (i64)sizeof(T) + 128;
     const bool mine = own.reserve(of_moved + 12 * ld + up(size, 16) + 64 + together * apart + TILE * padded.plane + plane * 4 + together * (p.o + p.c + 1) * 4 + 4096);
     if (!mine) {
@@ -579,19 +593,19 @@ bool convolve(const Convolution &p) {
           const i64 first = (start + b) * together, samples = std::min(together, p.n - first);
           const T *gs = g + first * p.o * positions, *xs = x ? x + first * p.c * size : nullptr;
           for (i64 s = 0; s < moved && s < samples; s++) {
-            transpose(gs + s * p.o * positions, p.o, positions, p.o, g_first + s * p.o * positions, positions);
-            if (x) transpose(xs + s * p.c * size, p.c, size, p.c, x_first + s * p.c * size, size);
+            transpose(gs + s * p.o * positions, p.o, positions, p.o, g_first + s * p.o * g_ld, g_ld);
+            if (x) transpose(xs + s * p.c * size, p.c, size, p.c, x_first + s * p.c * x_ld, x_ld);
           }
           if (moved) gs = g_first, xs = x_first;
-          for (i64 k = 0; k < samples * p.o; k++) g_most[k] = largest_of(gs + k * positions, positions);
+          for (i64 k = 0; k < samples * p.o; k++) g_most[k] = largest_of(gs + k * g_ld, positions);
           for (i64 s = 0; s < samples && at_weight; s++)
             for (i64 c = 0; c < p.c; c++) {
               const i64 row = (first + s) * p.c + c;
               if (p.codes) {
-                fill_image(p.codes + row * size, p.y, p.x_axis, image, images + b * of_images + c * of_channel + s * image.bytes);
+                fill_image(p.codes + row * size, image, images + b * of_images + c * of_channel + s * image.bytes);
                 x_steps[b * p.c + c] = p.steps[(start + b) * p.c + c];
               } else {
-                const i32 most = largest_of(xs + (s * p.c + c) * size, size);
+                const i32 most = largest_of(xs + (s * p.c + c) * x_ld, size);
                 x_most[c] = s == 0 ? most : std::max(x_most[c], most);
               }
             }
@@ -600,8 +614,8 @@ bool convolve(const Convolution &p) {
             scale_of(x_most[c], x_steps[b * p.c + c], rate);
             for (i64 s = 0; s < samples; s++) {
               const i64 row = (first + s) * p.c + c;
-              round_line<false>(xs + (s * p.c + c) * size, size, row, p.keys[2], &rate, line);
-              fill_image(line, p.y, p.x_axis, image, images + b * of_images + c * of_channel + s * image.bytes);
+              round_line<false>(xs + (s * p.c + c) * x_ld, size, row, p.keys[2], &rate, line);
+              fill_image(line, image, images + b * of_images + c * of_channel + s * image.bytes);
             }
           }
           for (i64 group = 0; group < p.groups; group++) {
@@ -615,7 +629,7 @@ bool convolve(const Convolution &p) {
                 const i64 many = std::min<i64>(4, out - 4 * four), o = group * out + 4 * four, number = b * p.groups + group;
                 const i64 panel = 4 * four / WIDE * WIDE, width = width_of(out, panel), row = (first + s) * p.o + o;
                 for (i64 m = 0; m < many; m++) {
-                  const T *read = gs + (s * p.o + o + m) * positions;
+                  const T *read = gs + (s * p.o + o + m) * g_ld;
                   if (below) round_line<false>(read, positions, row + m, p.keys[0], &rate, lines + m * ld);
                   if (!at_weight) continue;
                   i32 most = 0;
@@ -727,25 +741,25 @@ bool convolve(const Convolution &p) {
 // Codes + 128 of x as convolve reads them, and the steps of its blocks and channels.
 template <class T>
 void pack_images(const Convolution &p, u8 *codes, float *steps) {
-  const i64 size = p.y.in * p.x_axis.in, together = p.samples_of_block();
+  const i64 size = p.y.in * p.x_axis.in, together = p.samples_of_block(), ld = line_apart(p, size);
 #pragma omp parallel num_threads(p.threads)
   {
     std::vector<u8> line(up(size, 16) + 16);
-    std::vector<T> moved(p.channels_last ? together * p.c * size : 0);
+    std::vector<T> moved(p.channels_last ? together * p.c * ld : 0);
 #pragma omp for schedule(static)
     for (i64 block = 0; block < (p.n + together - 1) / together; block++) {
       const i64 first = block * together, samples = std::min(together, p.n - first);
       const T *x = (const T *)p.x + first * p.c * size;
-      for (i64 s = 0; s < samples && p.channels_last; s++) transpose(x + s * p.c * size, p.c, size, p.c, moved.data() + s * p.c * size, size);
+      for (i64 s = 0; s < samples && p.channels_last; s++) transpose(x + s * p.c * size, p.c, size, p.c, moved.data() + s * p.c * ld, ld);
       if (p.channels_last) x = moved.data();
       for (i64 c = 0; c < p.c; c++) {
         i32 most = 0;
-        for (i64 s = 0; s < samples; s++) most = std::max(most, largest_of(x + (s * p.c + c) * size, size));
+        for (i64 s = 0; s < samples; s++) most = std::max(most, largest_of(x + (s * p.c + c) * ld, size));
         float rate;
         scale_of(most, steps[block * p.c + c], rate);
         for (i64 s = 0; s < samples; s++) {
           const i64 row = (first + s) * p.c + c;
-          round_line<false>(x + (s * p.c + c) * size, size, row, p.keys[2], &rate, line.data());
+          round_line<false>(x + (s * p.c + c) * ld, size, row, p.keys[2], &rate, line.data());
           std::memcpy(codes + row * size, line.data(), size);
         }
       }

@@ -13,17 +13,21 @@ channel of a block b of samples that hold some 256 positions; the sum over block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from backsketch.layout import format_of
 from backsketch.products import eager
 from backsketch.products.eager import Key, magnitude
 from backsketch.products.numbers import BLOCK, INT8, Numbers
 
-__all__ = ["Geometry", "convolution_vjps", "is_channels_last", "layout_of", "pack"]
+__all__ = [
+    "Geometry", "convolution_vjps", "is_channels_last", "layout_of", "over_positions", "pack",
+]  # fmt: skip
 
 Sizes = tuple[int, ...]  # one number a spatial dimension
 
@@ -80,6 +84,12 @@ class Geometry:
     def _steps(self) -> tuple[slice, ...]:
         return (slice(None), slice(None), *(slice(None, None, s) for s in self.stride))
 
+    def is_over_positions(self, g: Tensor, x: Tensor | None) -> bool:
+        """Whether both products are those of matrices that lie in memory as they are, whose rows are positions."""
+        if {*self.kernel, *self.stride, self.groups} != {1} or any(self.padding):
+            return False
+        return format_of(g if x is None else x) is not torch.contiguous_format
+
     def samples_of_block(self) -> int:
         """How many samples share the step of a channel."""
         return max(1, BLOCK // max(1, prod(self.outputs())))
@@ -127,6 +137,26 @@ class Geometry:
             g, x, weight, None, self.stride, self.padding, self.dilation, False,
             [0] * len(self.kernel), self.groups, mask,
         )  # fmt: skip
+
+
+def over_positions(
+    vjps: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]],
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    geometry: Geometry,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both products where :meth:`Geometry.is_over_positions`; ``vjps`` has those of matrices."""
+
+    def rows(images: Tensor | None) -> Tensor | None:
+        return None if images is None else images.movedim(1, -1).reshape(-1, images.shape[1])
+
+    flat = None if weight is None else weight.flatten(1)
+    below, at_weight, _ = vjps(rows(g), rows(x), flat)
+    return (
+        None if below is None else below.view(g.shape[0], *geometry.spatial, -1).movedim(-1, 1),
+        None if at_weight is None else at_weight.view(*at_weight.shape, *geometry.kernel),
+    )
 
 
 def convolution_vjps(

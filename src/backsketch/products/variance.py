@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from backsketch.products import Geometry, Packed
+from backsketch.products.convolution import over_positions
 from backsketch.products.numbers import NUMBERS
 from backsketch.theory import variance
 
@@ -50,6 +51,8 @@ class Variances:
             x = None if x is None else geometry.read(x)
             below, at_weight = self.convolution_vjps(g, x, weight, dense)
             return None if below is None else geometry.place(below), at_weight
+        if not self._saved and geometry.is_over_positions(g, x):
+            return over_positions(self.vjps, g, x, weight, geometry)
         g = g.double()
         below = at_weight = None
         if weight is not None:

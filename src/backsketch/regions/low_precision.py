@@ -46,8 +46,6 @@ def _convolution(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The vector-Jacobian products of a convolution, rounded; the first in the layout of ``x``."""
     kernel = tuple(weight.shape[2:])
-    if _is_matrix(x) and _is_pointwise(kernel, stride, padding, groups):
-        return _over_positions(g, x, weight, seed, stream, wanted)
     moves = tuple(stride), tuple(padding), tuple(dilation)
     geometry = Geometry(kernel, *moves, tuple(x.shape[2:]), groups)
     below, at_weight = products.convolution_vjps(
@@ -57,32 +55,6 @@ def _convolution(
         below = torch.empty_like(x).copy_(below)
     nothing = x.new_empty(0)
     return nothing if below is None else below, nothing.clone() if at_weight is None else at_weight
-
-
-def _is_matrix(x: Tensor) -> bool:
-    """Whether positions are the rows of a matrix as it lies in memory."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-
-
-def _is_pointwise(
-    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
-) -> bool:
-    return groups == 1 and {*kernel, *stride} == {1} and not any(padding)
-
-
-def _over_positions(
-    g: Tensor, x: Tensor, weight: Tensor, seed: Tensor, stream: int, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    flat_g, flat_x = g.movedim(1, -1).flatten(0, -2), x.movedim(1, -1).flatten(0, -2)
-    below, at_weight, _ = vjps_operator(
-        flat_g, flat_x if wanted[1] else None, weight.flatten(1) if wanted[0] else None, None, None,
-        seed, stream, False,
-    )  # fmt: skip
-    if wanted[0]:
-        below = below.view(*g.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
-        if below.stride() != x.stride():
-            below = torch.empty_like(x).copy_(below)
-    return below, at_weight.view(weight.shape) if wanted[1] else at_weight
 
 
 def _convolution_fake(
