@@ -183,10 +183,10 @@ def test_a_compiled_arm_compiles_the_model_that_it_times(monkeypatch):
 # The tables, from records whose answers are known ------------------------------------------------------------
 
 
-def made_run(arm, sketch, *, speed, seed=0, lr=0.1, batch_size=10, omega=0.0, beta=1.0):
-    """Accuracy rises by ``speed`` a step, in looks of 10 steps."""
+def made_run(arm, sketch, *, speed, seed=0, lr=0.1, batch_size=10, omega=0.0, beta=1.0, top=0.99):
+    """Accuracy rises by ``speed`` a step up to ``top``, in looks of 10 steps."""
     steps = list(range(10, 101, 10))
-    accuracy = [min(speed * s, 0.99) for s in steps]
+    accuracy = [min(speed * s, top) for s in steps]
     options = {"arm": arm, "sketch": sketch, "seed": seed, "lr": lr, "batch_size": batch_size}
     result = {
         "evaluations": {"step": steps, "accuracy": accuracy, "loss": accuracy},
@@ -351,6 +351,21 @@ def test_the_headline_has_the_best_arm_of_each_kind_that_arrived_with_as_many_se
     heights = sorted(round(bar.get_height(), 3) for bar in axes.patches)
     expected = [best[name][1] for name in best] + [1.0, best["rows"][1]]
     assert heights == pytest.approx(sorted(expected), abs=1e-3)
+
+
+def test_an_arm_that_ends_worse_wins_only_where_none_ends_level():
+    sweep = made_sweep(
+        *(made_run("exact", "none", speed=0.012, seed=seed) for seed in (0, 1)),
+        *(made_run("fast", "rows:keep=0.1", speed=0.02, top=0.7, seed=seed) for seed in (0, 1)),
+        *(made_run("level", "rows:keep=0.5", speed=0.01, seed=seed) for seed in (0, 1)),
+        *(made_run("8 bits", "int8", speed=0.02, top=0.7, seed=seed) for seed in (0, 1)),
+    )
+    found = arms(sweep)
+    best = headline.best_of_kinds(found, found[0].model)
+    assert best["rows"][0].name == "level"
+    assert best["8 bits"][0].name == "8 bits"
+    (axes,) = headline.figure([sweep]).axes
+    assert [bar.get_hatch() for bar in axes.patches] == [None, None, headline.WORSE]
 
 
 def test_several_comparisons_get_a_figure_together(tmp_path):

@@ -20,6 +20,7 @@ __all__ = [
     "Run",
     "arms",
     "best_exact",
+    "ends_level",
     "mean_error",
     "reached",
     "relative_step",
@@ -248,6 +249,13 @@ def relative_time(arm: Arm, base: Arm) -> tuple[float, float] | None:
     mean, error = mean_error(ratios)
     cost = relative_step(arm, base)
     return cost * mean, cost * error
+
+
+def ends_level(arm: Arm, other: Arm) -> bool:
+    """Whether training ends no worse than with another arm, within the standard errors of both."""
+    (own, error), (reference, its_error) = mean_error(arm.finals), mean_error(other.finals)
+    room = sum(e for e in (error, its_error) if not math.isnan(e))
+    return arm.goal.shortfall(own) - arm.goal.shortfall(reference) <= room + 1e-12
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:

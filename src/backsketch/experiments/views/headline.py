@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from backsketch.experiments.store import Sweep
-from backsketch.experiments.views.arms import Arm, arms, best_exact, relative_time
+from backsketch.experiments.views.arms import Arm, arms, best_exact, ends_level, relative_time
 from backsketch.experiments.views.page import COLOURS, dress, new_figure
 
 __all__ = ["best_of_kinds", "figure", "kind"]
@@ -28,6 +29,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 
+WORSE = "///"  # training ends worse than with the best exact arm
 HIGHEST = 1.6  # of the picture; what is worse has its number
 
 
@@ -45,27 +47,34 @@ def kind(arm: Arm) -> str:
 
 
 def best_of_kinds(found: Sequence[Arm], model: str) -> dict[str, tuple[Arm, float, float]]:
-    """By kind the arm that is first at the target, its time over that of the best exact arm, and the error."""
+    """By kind the arm that is first at the target, its time over that of the best exact arm, and the error.
+
+    Of those that end level with the best exact arm, if any does.
+    """
     exact = best_exact(found, model)
     if exact is None:
         return {}
     best: dict[str, tuple[Arm, float, float]] = {"best exact": (exact, 1.0, math.nan)}
+
+    def rank(arm: Arm, ratio: float) -> tuple[bool, int, float]:
+        # As many seeds as the others have, so that no arm wins by one lucky run.
+        return not ends_level(arm, exact), -len(arm.runs), ratio
+
     for arm in found:
         ratio = None if arm.is_exact or arm.model != model else relative_time(arm, exact)
         if ratio is None:
             continue
-        # As many seeds as the others have, so that no arm wins by one lucky run.
-        key = (kind(arm), -len(arm.runs), ratio[0])
-        other = best.get(key[0])
-        if other is None or key[1:] < (-len(other[0].runs), other[1]):
-            best[key[0]] = (arm, *ratio)
+        other = best.get(kind(arm))
+        if other is None or rank(arm, ratio[0]) < rank(*other[:2]):
+            best[kind(arm)] = (arm, *ratio)
     return best
 
 
 def figure(sweeps: Sequence[Sweep]) -> Figure:
     """Bars in groups, one group a comparison; an arm that misses the target in a run has no bar.
 
-    The label of a group is ``label`` in the settings of the sweep.
+    Hatched: training ends worse than with the best exact arm. The label of a group is ``label`` in the
+    settings of its sweep.
     """
     made, (axes,) = new_figure(1, 1.6 + 2.4 * len(sweeps), 3.6)
     groups = []
@@ -73,6 +82,14 @@ def figure(sweeps: Sequence[Sweep]) -> Figure:
         found = arms(sweep)
         groups.append((sweep, found[0].goal, best_of_kinds(found, found[0].model)))
     kinds = [name for name in KINDS if any(name in best for _, _, best in groups)]
+    worse = {
+        name: {
+            i
+            for i, (_, _, best) in enumerate(groups)
+            if name in best and not ends_level(best[name][0], best["best exact"][0])
+        }
+        for name in kinds
+    }
     width = 0.8 / len(kinds)
     for number, name in enumerate(kinds):
         bars = [(i, best[name]) for i, (_, _, best) in enumerate(groups) if name in best]
@@ -82,7 +99,9 @@ def figure(sweeps: Sequence[Sweep]) -> Figure:
             [ratio for _, (_, ratio, _) in bars],
             0.9 * width,
             color=KINDS[name],
-            label=name,
+            hatch=[WORSE if i in worse[name] else None for i, _ in bars],
+            edgecolor="white",
+            linewidth=0,
             yerr=[0.0 if math.isnan(error) else error for _, (_, _, error) in bars],
             error_kw={"elinewidth": 1, "ecolor": "#5b6770"},
         )
@@ -101,5 +120,10 @@ def figure(sweeps: Sequence[Sweep]) -> Figure:
     axes.set_xticks(range(len(groups)), labels)
     dress(axes, "", "time to target, best exact arm = 1")
     axes.grid(visible=False, axis="x")
-    made.legend(loc="outside right upper", frameon=False, fontsize="small")
+    handles = [Patch(facecolor=KINDS[name], label=name) for name in kinds]
+    if any(worse.values()):
+        handles.append(
+            Patch(facecolor="#9a9ca6", edgecolor="white", hatch=WORSE, label="ends worse")
+        )
+    made.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="small")
     return made
