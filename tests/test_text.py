@@ -382,6 +382,7 @@ def tiny_sweep(tmp_path, monkeypatch) -> SweepConfig:
     return SweepConfig.load(path)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler
 def test_the_sweep_over_a_language_model_runs_and_is_reported(tiny_sweep, tmp_path):
     pytest.importorskip("tokenizers")
     assert run_sweep(tiny_sweep, tmp_path / "results", console=quiet()) == []
