@@ -29,16 +29,17 @@ BLOCK = 64
 def rotated(dim: int, *operands: Tensor) -> list[Tensor]:
     """The operands with the same signs and transform in blocks along ``dim``, padded with zeros."""
     size = operands[0].shape[dim]
-    padded = -(-size // BLOCK) * BLOCK
+    block = min(BLOCK, 1 << (size - 1).bit_length())
+    padded = -(-size // block) * block
     signs = torch.randint(2, (padded,)) * 2.0 - 1
     matrix = torch.ones(1, 1)
-    while len(matrix) < BLOCK:
+    while len(matrix) < block:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     results = []
     for x in operands:
         lines = x.movedim(dim, -1)
         lines = nn.functional.pad(lines, (0, padded - size)) * signs
-        blocks = lines.unflatten(-1, (-1, BLOCK)) @ matrix * BLOCK**-0.5
+        blocks = lines.unflatten(-1, (-1, block)) @ matrix * block**-0.5
         results.append(blocks.flatten(-2).movedim(-1, dim))
     return results
 
@@ -53,7 +54,18 @@ def ratios(g: Tensor, x: Tensor, weight: Tensor) -> dict[str, float]:
     return {
         "grad_input": float(below.sum() / plain_below.sum()),
         "grad_weight": float(at_weight.sum() / plain_weight.sum()),
+        "largest over RMS, rows of G": peak(g),
+        "largest over RMS, rows of G after it": peak(rotated(1, g)[0]),
+        "share of the mean over 64 rows in G": float(
+            g.unflatten(0, (-1, BLOCK)).mean(1).square().sum() * BLOCK / g.square().sum()
+        ),
     }
+
+
+def peak(x: Tensor) -> float:
+    """The largest magnitude of a row over its root mean square, the median over rows."""
+    rms = x.square().mean(1).sqrt()
+    return float((x.abs().amax(1) / rms)[rms > 0].median())
 
 
 def layers_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, ...]]:

@@ -25,6 +25,7 @@ from backsketch.experiments.views.arms import (
     Goal,
     arms,
     best_exact,
+    ends_level,
     reached,
     relative_step,
     relative_time,
@@ -366,6 +367,17 @@ def test_an_arm_that_ends_worse_wins_only_where_none_ends_level():
     assert best["8 bits"][0].name == "8 bits"
     (axes,) = headline.figure([sweep]).axes
     assert [bar.get_hatch() for bar in axes.patches] == [None, None, headline.WORSE]
+
+
+def test_an_arm_that_diverged_does_not_end_level():
+    sweep = made_sweep(
+        *(made_run(name, "none", speed=0.012, seed=seed) for name in "ab" for seed in (0, 1)),
+    )
+    sweep.jobs[-1]["result"]["evaluations"]["accuracy"][-1] = None
+    one, other = arms(sweep)
+    assert ends_level(one, one)
+    assert not ends_level(one, other)
+    assert not ends_level(other, one)
 
 
 def test_several_comparisons_get_a_figure_together(tmp_path):

@@ -182,6 +182,59 @@ def test_one_tap_of_channels_last_is_a_product_of_matrices_over_positions(stride
     assert torch.equal(ours[1].flatten(1), at_weight)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("layer", "size"), [(nn.Conv2d, (6, 6)), (nn.Conv3d, (4, 6, 6))], ids=str)
+def test_an_empty_batch_of_channels_last_has_zero_gradients(layer, size, stride):
+    layer = layer(8, 16, 1, stride)
+    bs.sketch_(layer, bs.Int8())
+    form = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    x = torch.randn(0, 8, *size).contiguous(memory_format=form).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_saves_its_input_rounds_alike_where_the_weight_is_frozen(stride):
+    """One closed form holds for both cases."""
+    layer = nn.Conv2d(8, 16, 1, stride, bias=False)
+    bs.sketch_(layer, bs.Int8(save=True))
+    x = torch.randn(4, 8, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    errors = []
+    exact = torch.autograd.grad(
+        nn.functional.conv2d(x, layer.weight, None, stride).square().sum(), x
+    )[0]
+    for draws in range(2):
+        layer.weight.requires_grad_(not draws)
+        errors.append(
+            sum(
+                (torch.autograd.grad(layer(x).square().sum(), x)[0] - exact).square().sum()
+                for _ in range(30)
+            )
+        )
+    assert 0.8 < errors[0] / errors[1] < 1.25
+
+
+@pytest.mark.parametrize("kernel_and_stride", [(1, 1), (1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_convolutions_under_vmap(kernel_and_stride, last):
+    layer = nn.Conv2d(4, 6, *kernel_and_stride, bias=False)
+    images = torch.randn(3, 2, 4, 7, 7)
+    if last:
+        images = images.movedim(2, -1).contiguous().movedim(-1, 2)
+    weight = layer.weight.detach()
+    bs.sketch_(layer, bs.Int8())
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")
+    ours = each(weight, images)
+    with bs.exact(layer):
+        exact = torch.stack([torch.func.grad(loss)(weight, x) for x in images])
+    torch.testing.assert_close(ours, exact, rtol=0.1, atol=0.05 * float(exact.abs().max()))
+
+
 EQUAL_COUNTS = (((5, 1), (2, 1), (2, 1), (1, 1), (8, 2), 1), (2, 3, 4))  # (8, 2) becomes (4, 4)
 
 

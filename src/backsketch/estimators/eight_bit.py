@@ -99,7 +99,7 @@ class EightBit(Estimator):
         seed: Tensor,
         needed: tuple[bool, bool, bool],
     ) -> Gradients:
-        rounded = op.with_products(Products(seed, self.numbers))
+        rounded = op.with_products(Products(seed, self.numbers, self.save))
         assert rounded is not None  # refused before
         packed = Packed(*stored) if self.save and needed[1] else None
         if self.sketch is None:

@@ -79,10 +79,12 @@ class Products:
     Args:
         seed: of the backward pass (:func:`backsketch.sampling.next_seed`).
         numbers: ``"int8"`` or ``"float8"``, what operands are rounded to.
+        saved: whether inputs were rounded in the forward pass.
     """
 
-    def __init__(self, seed: Tensor, numbers: str = "int8") -> None:
+    def __init__(self, seed: Tensor, numbers: str = "int8", saved: bool = False) -> None:
         self._seed, self._stream, self._numbers = seed, _FIRST_STREAM, numbers
+        self._saved = saved
 
     def vjps(
         self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, with_bias: bool = False
@@ -94,7 +96,8 @@ class Products:
         self, g: Tensor, x: Tensor | Packed | None, weight: Tensor | None, geometry: Geometry
     ) -> tuple[Tensor | None, Tensor | None]:
         """See :func:`convolution_vjps`."""
-        return convolution_vjps(g, x, weight, geometry, self._seed, **self._next())
+        own = {"saved": self._saved, **self._next()}
+        return convolution_vjps(g, x, weight, geometry, self._seed, **own)
 
     def _next(self) -> dict[str, Any]:
         self._stream += 1
@@ -141,6 +144,7 @@ def convolution_vjps(
     *,
     stream: int = 0,
     numbers: str = "int8",
+    saved: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Unbiased estimates of both products of a convolution from 8-bit operands.
 
@@ -151,6 +155,7 @@ def convolution_vjps(
         weight: ``(out, in / groups, *kernel)``, or None where ``grad_input`` is not wanted.
         geometry: of the convolution.
         seed, stream, numbers: as in :func:`vjps`.
+        saved: whether g is rounded as for packed inputs though there is none.
 
     Returns:
         ``(samples, in, *spatial)`` and ``(out, in / groups, *kernel)`` in the dtype of g, None for what is not
@@ -160,10 +165,10 @@ def convolution_vjps(
         if isinstance(x, Tensor):
             x = geometry.read(x)
         below, at_weight = convolution_vjps(
-            g, x, weight, dense, seed, stream=stream, numbers=numbers
+            g, x, weight, dense, seed, stream=stream, numbers=numbers, saved=saved
         )
         return None if below is None else geometry.place(below), at_weight
-    if not isinstance(x, Packed) and geometry.is_over_positions(g, x):
+    if not (saved or isinstance(x, Packed)) and geometry.is_over_positions(g, x):
         matrices = partial(vjps, seed=seed, stream=stream, numbers=numbers)
         return images.over_positions(matrices, g, x, weight, geometry)
     wanted = weight is not None, x is not None

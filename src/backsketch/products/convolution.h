@@ -553,6 +553,7 @@ bool convolve(const Convolution &p) {
     rights = scratch.take<u8>(chunk * p.groups * of_right);
     g_steps = scratch.take<float>(chunk * p.groups * wide), x_steps = scratch.take<float>(chunk * p.c);
     g_sums = scratch.take<i32>(chunk * p.groups * wide);
+    std::fill_n(g_sums, chunk * p.groups * wide, 0);  // of the columns that fill up a vector, too
     total = scratch.take<float>(p.groups * of_sum);
     for (i64 s = 0; s < together; s++)
       for (i64 r = 0; r < p.y.out; r++)

@@ -20,7 +20,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backsketch.layout import format_of
+from backsketch.layout import format_of, in_format
 from backsketch.products import eager
 from backsketch.products.eager import Key, magnitude
 from backsketch.products.numbers import BLOCK, INT8, Numbers
@@ -69,14 +69,15 @@ class Geometry:
 
     def read(self, x: Tensor) -> Tensor:
         """The positions of an input that belong to :meth:`dense`, in its memory format."""
-        return x[self._steps].contiguous(memory_format=layout_of(x))
+        return in_format(x[self._steps], format_of(x))
 
     def place(self, read: Tensor) -> Tensor:
         """Undo :meth:`read`: zero elsewhere."""
-        shape = (*read.shape[:2], *self.spatial)
-        whole = torch.empty(
-            shape, dtype=read.dtype, device=read.device, memory_format=layout_of(read)
-        ).zero_()
+        n, channels = read.shape[:2]
+        if format_of(read) is torch.contiguous_format:
+            whole = read.new_zeros(n, channels, *self.spatial)
+        else:
+            whole = read.new_zeros(n, *self.spatial, channels).movedim(-1, 1)
         whole[self._steps] = read
         return whole
 
@@ -154,7 +155,9 @@ def over_positions(
     flat = None if weight is None else weight.flatten(1)
     below, at_weight, _ = vjps(rows(g), rows(x), flat)
     return (
-        None if below is None else below.view(g.shape[0], *geometry.spatial, -1).movedim(-1, 1),
+        None
+        if below is None
+        else below.view(g.shape[0], *geometry.spatial, below.shape[1]).movedim(-1, 1),
         None if at_weight is None else at_weight.view(*at_weight.shape, *geometry.kernel),
     )
 

@@ -61,9 +61,14 @@ def operator(schema: str, implementation: Any, fake: Any, vmap: Any = None) -> A
 def _one_by_one(operator: Any) -> Any:
     """The vmap rule of a pure operator: a loop over the samples."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def at(argument: Any, dim: Any, i: int) -> Any:
+        if isinstance(dim, list | tuple):
+            return [at(a, d, i) for a, d in zip(argument, dim)]
+        return argument if dim is None else argument.select(dim, i)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         results = [
-            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims)))
+            operator(*(at(a, dim, i) for a, dim in zip(args, in_dims)))
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):

@@ -252,8 +252,15 @@ def relative_time(arm: Arm, base: Arm) -> tuple[float, float] | None:
 
 
 def ends_level(arm: Arm, other: Arm) -> bool:
-    """Whether training ends no worse than with another arm, within the standard errors of both."""
-    (own, error), (reference, its_error) = mean_error(arm.finals), mean_error(other.finals)
+    """Whether training ends no worse than with another arm, within both standard errors, on the seeds of both."""
+    shared = arm.steps.keys() & other.steps.keys()
+    ends = [
+        [end for seed, end in zip(a.steps, a.finals) if seed in shared or not shared]
+        for a in (arm, other)
+    ]
+    if any(end is None or math.isnan(end) for end in ends[0] + ends[1]):
+        return arm is other  # a training that diverged
+    (own, error), (reference, its_error) = map(mean_error, ends)
     room = sum(e for e in (error, its_error) if not math.isnan(e))
     return arm.goal.shortfall(own) - arm.goal.shortfall(reference) <= room + 1e-12
 

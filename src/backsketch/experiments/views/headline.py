@@ -57,7 +57,7 @@ def best_of_kinds(found: Sequence[Arm], model: str) -> dict[str, tuple[Arm, floa
     best: dict[str, tuple[Arm, float, float]] = {"best exact": (exact, 1.0, math.nan)}
 
     def rank(arm: Arm, ratio: float) -> tuple[bool, int, float]:
-        # As many seeds as the others have, so that no arm wins by one lucky run.
+        # Of these as many seeds as the others have, so that no arm wins by one lucky run.
         return not ends_level(arm, exact), -len(arm.runs), ratio
 
     for arm in found:
