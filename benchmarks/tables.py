@@ -20,7 +20,6 @@ from backsketch.experiments.store import Sweep
 from backsketch.experiments.views import VIEWS, Page, arms, equal_cost
 from backsketch.experiments.views import headline as headline_view
 from backsketch.experiments.views import trade_off as cost
-from backsketch.experiments.views.headline import best_of_kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:.*?)(<!-- end -->)", re.S)
@@ -288,16 +287,25 @@ EQUAL_COST = {
 PAPER = ("paper_mlp", "paper_vit", "paper_bagnet", "paper_gpt")
 
 
+def _best_of_kinds(sweep: Sweep) -> dict[str, tuple[arms.Arm, float, float]]:
+    found = arms.arms(sweep)
+    return headline_view.best_of_kinds(found, found[0].model)
+
+
+def _best_sketch(kinds: dict[str, tuple[arms.Arm, float, float]]) -> tuple[arms.Arm, float, float]:
+    """The first at the target, of those that end level with the best exact arm if one does."""
+    exact = kinds["best exact"][0]
+    sketched = [best for best in kinds.values() if best[0].is_sketched]
+    return min(sketched, key=lambda best: (not arms.ends_level(best[0], exact), best[1]))
+
+
 def headline() -> str:
     """The best exact arm of every task, the best sketched one that ends level with it, and the aim."""
     rows = []
     for name, task in EQUAL_COST.items():
         sweep = _sweep(name)
-        found = arms.arms(sweep)
-        model = found[0].model
-        (exact, *_), *others = best_of_kinds(found, model).values()
-        sketched = [(arm, ratio) for arm, ratio, _ in others if arm.is_sketched]
-        best, _ = min(sketched, key=lambda pair: (not arms.ends_level(pair[0], exact), pair[1]))
+        kinds = _best_of_kinds(sweep)
+        exact, best = kinds["best exact"][0], _best_sketch(kinds)[0]
         table = _page(name).tables[0]
         told = {row[0]: row for row in table.rows}
         columns = ("time to target", "over best exact", f"final {best.goal.key}")
@@ -321,14 +329,9 @@ def headline_in_short() -> str:
     """Times over that of the best exact arm alone: of the best sketched arm, of auto and of autocast."""
     columns, lines = [], {"best sketch": [], "`--sketch auto`": [], headline_view.AUTOCAST: []}
     for name, task in EQUAL_COST.items():
-        found = arms.arms(_sweep(name))
-        best = best_of_kinds(found, found[0].model)
-        (exact, *_), *others = best.values()
-        sketched = [
-            (not arms.ends_level(a, exact), ratio) for a, ratio, _ in others if a.is_sketched
-        ]
+        best = _best_of_kinds(_sweep(name))
         columns.append(task)
-        lines["best sketch"].append(f"**{min(sketched)[1]:.2f}**")
+        lines["best sketch"].append(f"**{_best_sketch(best)[1]:.2f}**")
         for line, kind in (("`--sketch auto`", "auto"), (headline_view.AUTOCAST,) * 2):
             lines[line].append(f"{best[kind][1]:.2f}" if kind in best else "")
     return _markdown(["time to target", *columns], [[name, *row] for name, row in lines.items()])

@@ -6,6 +6,7 @@ PyTorch copies between the two entry by entry. ``layout.cpp`` transposes squares
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -17,7 +18,15 @@ from torch import Tensor
 from backsketch.native import Source
 from backsketch.sampling import is_readable
 
-__all__ = ["SOURCE", "channels_first", "format_of", "in_format", "in_memory_order"]
+__all__ = [
+    "SOURCE",
+    "channels_first",
+    "format_of",
+    "in_format",
+    "in_memory_order",
+    "positions_as_rows",
+    "rows_as_positions",
+]
 
 SOURCE = Source(Path(__file__).with_name("layout.cpp"), "-fopenmp")
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -54,6 +63,16 @@ def in_memory_order(x: Tensor, layout: torch.memory_format) -> Tensor:
     Entry by entry nothing has to be copied then. ``movedim(-1, 1)`` is the way back where channels are last.
     """
     return x if layout is torch.contiguous_format else x.movedim(1, -1)
+
+
+def positions_as_rows(x: Tensor) -> Tensor:
+    """``(samples, channels, *positions)`` as ``(samples * positions, channels)``: a view of channels last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def rows_as_positions(rows: Tensor, samples: int, positions: Sequence[int]) -> Tensor:
+    """Undo :func:`positions_as_rows`. The result is a view, and channels last."""
+    return rows.view(samples, *positions, rows.shape[1]).movedim(-1, 1)
 
 
 def channels_first(x: Tensor) -> Tensor:

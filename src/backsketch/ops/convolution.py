@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from backsketch import products
 from backsketch.estimators import Bilinear, Estimator
 from backsketch.estimators.bilinear import gather_scaled, scatter
-from backsketch.layout import in_format
+from backsketch.layout import in_format, positions_as_rows, rows_as_positions
 from backsketch.ops.autocast import cast_for_autocast
 from backsketch.ops.function import apply
 from backsketch.ops.linear import Linear, check_estimator
@@ -237,11 +237,10 @@ class PointwiseConvolution(Linear):
         return _FORWARD[x.ndim - 2](x, weight, bias)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
+        return positions_as_rows(tensor)
 
     def unrows(self, grad_input: Tensor, shape: tuple[int, ...]) -> Tensor:
-        samples, channels, *spatial = shape
-        return grad_input.view(samples, *spatial, channels).movedim(-1, 1)
+        return rows_as_positions(grad_input, shape[0], shape[2:])
 
     def input_vjp(self, cotangent: Tensor, weight: Tensor) -> Tensor:
         return cotangent @ weight.flatten(1)

@@ -63,15 +63,18 @@ class _PlainLayer(Function):
         op, _, x, weight, bias, *_ = arguments
         y: Tensor = op.forward(x, weight, bias)
         _SketchedLayer.setup_context(ctx, arguments, y)
-        return as_own_tensor(y) if is_view(y) else y
+        return _owned(y)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         at_op, at_estimator, below, *rest = _backward(ctx, cotangent)
         # Autograd adds gradients of one tensor in place, but not to a view, whose base others may hold.
-        if below is not None and is_view(below):
-            below = as_own_tensor(below)
+        below = None if below is None else _owned(below)
         return at_op, at_estimator, below, *rest
+
+
+def _owned(y: Tensor) -> Tensor:
+    return as_own_tensor(y) if is_view(y) else y
 
 
 class _SketchedLayer(Function):

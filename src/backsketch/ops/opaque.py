@@ -7,9 +7,8 @@ whatever the sketch, and layers of all shapes share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,6 @@ class OpaqueVJP:
             " bool[] needed) -> Tensor[]",
             self._compute,
             _fake,
-            _over_samples(lambda *args: self._operator(*args)),
         )
 
     def __call__(
@@ -97,23 +95,6 @@ def _fake(
 ) -> list[Tensor]:
     shapes = (shape, weight.shape, weight.shape[:1])
     return [cotangent.new_empty(s) for s, wanted in zip(shapes, needed) if wanted]
-
-
-def _over_samples(call: Callable[..., list[Tensor]]) -> Callable[..., Any]:
-    """The rule of ``torch.func.vmap``: a loop."""
-
-    def at(argument: Any, dim: Any, i: int) -> Any:
-        if isinstance(dim, list | tuple):
-            return [at(a, d, i) for a, d in zip(argument, dim)]
-        return argument if dim is None else argument.select(dim, i)
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-        results = [
-            call(*(at(a, dim, i) for a, dim in zip(args, in_dims))) for i in range(info.batch_size)
-        ]
-        return [torch.stack(part) for part in zip(*results)], [0] * len(results[0])
-
-    return rule
 
 
 @lru_cache

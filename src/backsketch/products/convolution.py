@@ -20,7 +20,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from backsketch.layout import format_of, in_format
+from backsketch.layout import format_of, in_format, positions_as_rows, rows_as_positions
 from backsketch.products import eager
 from backsketch.products.eager import Key, magnitude
 from backsketch.products.numbers import BLOCK, INT8, Numbers
@@ -148,16 +148,13 @@ def over_positions(
     geometry: Geometry,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both products where :meth:`Geometry.is_over_positions`; ``vjps`` has those of matrices."""
-
-    def rows(images: Tensor | None) -> Tensor | None:
-        return None if images is None else images.movedim(1, -1).reshape(-1, images.shape[1])
-
-    flat = None if weight is None else weight.flatten(1)
-    below, at_weight, _ = vjps(rows(g), rows(x), flat)
+    below, at_weight, _ = vjps(
+        positions_as_rows(g),
+        None if x is None else positions_as_rows(x),
+        None if weight is None else weight.flatten(1),
+    )
     return (
-        None
-        if below is None
-        else below.view(g.shape[0], *geometry.spatial, below.shape[1]).movedim(-1, 1),
+        None if below is None else rows_as_positions(below, g.shape[0], geometry.spatial),
         None if at_weight is None else at_weight.view(*at_weight.shape, *geometry.kernel),
     )
 

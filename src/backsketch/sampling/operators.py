@@ -73,8 +73,9 @@ def _one_by_one(operator: Any) -> Any:
         ]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
-        parts = tuple(torch.stack(part) for part in zip(*results))
-        return parts, (0,) * len(parts)
+        parts = [torch.stack(part) for part in zip(*results)]
+        several = type(results[0])
+        return several(parts), several([0] * len(parts))
 
     return rule
 

@@ -82,24 +82,17 @@ def figure(sweeps: Sequence[Sweep]) -> Figure:
         found = arms(sweep)
         groups.append((sweep, found[0].goal, best_of_kinds(found, found[0].model)))
     kinds = [name for name in KINDS if any(name in best for _, _, best in groups)]
-    worse = {
-        name: {
-            i
-            for i, (_, _, best) in enumerate(groups)
-            if name in best and not ends_level(best[name][0], best["best exact"][0])
-        }
-        for name in kinds
-    }
     width = 0.8 / len(kinds)
     for number, name in enumerate(kinds):
         bars = [(i, best[name]) for i, (_, _, best) in enumerate(groups) if name in best]
+        level = [ends_level(arm, groups[i][2]["best exact"][0]) for i, (arm, *_) in bars]
         x = [i + (number - (len(kinds) - 1) / 2) * width for i, _ in bars]
         axes.bar(
             x,
             [ratio for _, (_, ratio, _) in bars],
             0.9 * width,
             color=KINDS[name],
-            hatch=[WORSE if i in worse[name] else None for i, _ in bars],
+            hatch=[None if is_level else WORSE for is_level in level],
             edgecolor="white",
             linewidth=0,
             yerr=[0.0 if math.isnan(error) else error for _, (_, _, error) in bars],
@@ -121,7 +114,7 @@ def figure(sweeps: Sequence[Sweep]) -> Figure:
     dress(axes, "", "time to target, best exact arm = 1")
     axes.grid(visible=False, axis="x")
     handles = [Patch(facecolor=KINDS[name], label=name) for name in kinds]
-    if any(worse.values()):
+    if any(bar.get_hatch() for bar in axes.patches):
         handles.append(
             Patch(facecolor="#9a9ca6", edgecolor="white", hatch=WORSE, label="ends worse")
         )
